@@ -1,0 +1,168 @@
+"""Keys and values of an encoded prefix: match, extend, trim.
+
+A full layer keeps every position. A sliding layer needs the last W - 1; it keeps `margin_tokens`
+more, so that the prefix can be cut back by that much. Past the margin there is no local repair
+(the missing keys depend on layers below at still earlier positions): the caller encodes again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infilld.engine.config import ModelConfig
+
+
+@dataclass
+class _Held:
+    """Keys and values [1, K, capacity, A] of one layer; `[0, count)` are valid."""
+
+    keys: Tensor
+    values: Tensor
+    count: int = 0
+
+
+class PrefixCache:
+    """The encoded prefix of one document.
+
+    `append` is called once per layer and piece, then `commit` once; until `commit` the prefix
+    does not count as longer. Tensors returned by `append` and `join` are valid until the next
+    call that changes the cache.
+
+    Args:
+        config: shapes. device, dtype: of the stored tensors.
+        margin_tokens: how far a trim can go back in sliding layers; None keeps everything.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        margin_tokens: int | None = None,
+    ) -> None:
+        if margin_tokens is not None and margin_tokens < 0:
+            raise ValueError(f"{margin_tokens=}: expected 0 or more")
+        self._config, self._margin = config, margin_tokens
+        self._held = [
+            _Held(*(torch.empty(1, heads, 0, size, device=device, dtype=dtype) for _ in range(2)))
+            for heads, size in (
+                (config.key_heads[kind], config.head_sizes[kind]) for kind in config.layer_kinds
+            )
+        ]
+        self._ids: list[int] = []
+
+    @property
+    def tokens(self) -> int:
+        """Length of the encoded prefix; canvas positions continue here."""
+        return len(self._ids)
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Token ids of the encoded prefix."""
+        return tuple(self._ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the device."""
+        return sum(held.keys.nbytes + held.values.nbytes for held in self._held)
+
+    def match(self, tokens: Sequence[int]) -> int:
+        """Length of the longest common prefix of `tokens` and what is encoded. Changes nothing."""
+        for index, (ours, theirs) in enumerate(zip(self._ids, tokens, strict=False)):
+            if ours != theirs:
+                return index
+        return min(len(self._ids), len(tokens))
+
+    def can_trim(self, tokens: int) -> bool:
+        """Whether the prefix can be cut to its first `tokens` positions."""
+        if not 0 <= tokens <= self.tokens:
+            raise ValueError(f"cannot trim {self.tokens} tokens to {tokens}")
+        needed = max(0, tokens - self._sliding_needs())
+        return all(
+            self.tokens - held.count <= needed
+            for held, kind in zip(self._held, self._config.layer_kinds, strict=True)
+            if kind == "sliding"
+        )
+
+    def trim(self, tokens: int) -> int:
+        """Cut the prefix to `tokens` positions, or to none where sliding layers dropped too much.
+
+        Returns:
+            How many positions remain: `tokens` or 0. The caller encodes from there.
+        """
+        remaining = tokens if self.can_trim(tokens) else 0
+        dropped = self.tokens - remaining
+        for held in self._held:
+            held.count = max(0, held.count - dropped)
+        del self._ids[remaining:]
+        return remaining
+
+    def reuse(self, tokens: Sequence[int]) -> int:
+        """Cut back to what is shared with `tokens`; returns how many need no encoding."""
+        return self.trim(self.match(tokens))
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values [1, K, N, A] of new positions.
+
+        Returns:
+            All held keys and values [1, K, held, A]; the last N are the new ones. In a sliding
+            layer at least the W - 1 positions before the first new one are among them.
+        """
+        held, new = self._held[layer], key.shape[2]
+        self._make_room(held, layer, new)
+        end = held.count + new
+        held.keys[:, :, held.count : end] = key
+        held.values[:, :, held.count : end] = value
+        held.count = end
+        return held.keys[:, :, :end], held.values[:, :, :end]
+
+    def commit(self, tokens: Tensor) -> None:
+        """Count tokens [N], whose keys every layer has appended, as part of the prefix."""
+        self._ids += tokens.tolist()
+
+    def join(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`[prefix | new]` keys and values [R, K, P + N, A] without storing the new ones.
+
+        P is everything in a full layer, the last W - 1 positions at most in a sliding one.
+        """
+        held = self._held[layer]
+        first = 0
+        if self._config.layer_kinds[layer] == "sliding":
+            first = max(0, held.count - self._sliding_needs())
+        rows = key.shape[0]
+        past_keys = held.keys[:, :, first : held.count].expand(rows, -1, -1, -1)
+        past_values = held.values[:, :, first : held.count].expand(rows, -1, -1, -1)
+        return torch.cat((past_keys, key), dim=2), torch.cat((past_values, value), dim=2)
+
+    def check(self) -> None:
+        """Assert the bookkeeping's invariants; for tests."""
+        needs = self._sliding_needs()
+        for held, kind in zip(self._held, self._config.layer_kinds, strict=True):
+            assert held.count <= held.keys.shape[2]
+            if kind == "full":
+                assert held.count == self.tokens
+            else:
+                assert min(self.tokens, needs) <= held.count <= self.tokens
+
+    def _sliding_needs(self) -> int:
+        return self._config.sliding_window - 1
+
+    def _make_room(self, held: _Held, layer: int, new: int) -> None:
+        keep = held.count
+        if self._config.layer_kinds[layer] == "sliding" and self._margin is not None:
+            limit = self._sliding_needs() + self._margin
+            keep = min(held.count, limit)
+        capacity = held.keys.shape[2]
+        if held.count + new <= capacity:
+            return
+        # Drop what no trim may ask for before asking for more memory.
+        size = capacity if keep + new <= capacity else max(2 * capacity, keep + new)
+        for name in ("keys", "values"):
+            old: Tensor = getattr(held, name)
+            fresh = old.new_empty(*old.shape[:2], size, old.shape[3])
+            fresh[:, :, :keep] = old[:, :, held.count - keep : held.count]
+            setattr(held, name, fresh)
+        held.count = keep

@@ -1,0 +1,175 @@
+"""DiffusionGemma: one stack of layers, read causally into a prefix cache or over a whole canvas.
+
+    tokens ──embed──▶ layers, causal,        encoder scalars ──▶ cache, hidden
+    canvas ──embed──▶ + belief ──▶ layers, bidirectional over [cache | canvas] ──▶ logits
+
+Both directions use the same weights but for the layer scalars and the self-conditioning block.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infilld.engine.cache import PrefixCache
+from infilld.engine.config import LayerKind, ModelConfig
+from infilld.engine.layers import Attend, Layer, RMSNorm, Rotary, Rotation, SelfConditioning
+
+# Prompts are encoded in pieces: the mask of a piece is [piece, prefix + piece] booleans.
+ENCODE_CHUNK_TOKENS = 512
+
+
+class DiffusionGemma(nn.Module):
+    """The text model. Parameter names are the checkpoint's below `model.decoder.`.
+
+    Attributes:
+        config: shapes.
+        encoder_scalars: [layers], the encoder's own layer scalars
+            (`model.encoder.language_model.layers.n.layer_scalar`).
+    """
+
+    encoder_scalars: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_tokens, config.width)
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_kinds)
+        self.norm = RMSNorm(config.width, config.rms_eps)
+        self.self_conditioning = SelfConditioning(config)
+        self.rotations = nn.ModuleDict(
+            {kind: Rotation(config.ropes[kind], config.head_sizes[kind]) for kind in config.kinds}
+        )
+        self.register_buffer("encoder_scalars", torch.ones(config.layers))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights and of the hidden states."""
+        return self.embed_tokens.weight.dtype
+
+    def new_cache(self, margin_tokens: int | None = None) -> PrefixCache:
+        """An empty prefix cache on this model's device; see `PrefixCache` for the margin."""
+        return PrefixCache(self.config, self.device, self.dtype, margin_tokens=margin_tokens)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings times sqrt(D): [...] int64 -> [..., D]."""
+        embedded: Tensor = self.embed_tokens(tokens)
+        return embedded * self._embedding_scale()
+
+    def embed_belief(self, belief: Tensor) -> Tensor:
+        """Expected embedding [..., D] under softmax(belief [..., V]); the softmax is float32."""
+        probabilities = belief.softmax(-1, dtype=torch.float32).to(self.dtype)
+        return probabilities @ self.embed_tokens.weight * self._embedding_scale()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Soft-capped logits [..., V] float32 of normed hidden states [..., D]."""
+        raw = F.linear(hidden, self.embed_tokens.weight).float()
+        return torch.tanh(raw / self.config.softcap) * self.config.softcap
+
+    @torch.no_grad()
+    def encode(self, tokens: Tensor, cache: PrefixCache) -> Tensor:
+        """Read tokens [N] causally; extends the cache by N positions.
+
+        Returns:
+            Normed hidden states [N, D] of these tokens; position i predicts token i + 1.
+        """
+        parts = [self._encode_piece(part, cache) for part in tokens.split(ENCODE_CHUNK_TOKENS)]
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    @torch.no_grad()
+    def denoise(self, canvas: Tensor, cache: PrefixCache, belief: Tensor | None) -> Tensor:
+        """One pass over canvases [R, L] that share the cached prefix; the cache is only read.
+
+        Args:
+            canvas: token ids [R, L] int64, any L of 1 or more.
+            cache: the encoded prefix.
+            belief: [R, L, V] logits carried from the step before; None in the first step.
+
+        Returns:
+            Soft-capped logits [R, L, V] float32.
+        """
+        signal = None if belief is None else self.embed_belief(belief)
+        x = self.self_conditioning(self.embed(canvas), signal)
+        start = cache.tokens
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # Every row of a sliding layer sees the same rectangle: the last W - 1 cached
+            # positions and the whole canvas. A window per row is a known bug of other engines.
+            keys, values = cache.join(layer, key, value)
+            return F.scaled_dot_product_attention(query, keys, values, scale=1.0, enable_gqa=True)
+
+        return self.logits(self._run(x, start, attend, self._decoder_scalars()))
+
+    @torch.no_grad()
+    def read(self, rows: Tensor, cache: PrefixCache) -> Tensor:
+        """Read token rows [R, N] causally after the cached prefix without extending it.
+
+        Returns:
+            Normed hidden states [R, N, D]: what `encode` would return for each row alone.
+        """
+        start, count = cache.tokens, rows.shape[1]
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = cache.join(layer, key, value)
+            mask = self._causal_mask(layer, start, count, keys.shape[2])
+            return _masked_attention(query, keys, values, mask)
+
+        return self._run(self.embed(rows), start, attend, self._encoder_scalars())
+
+    def _encode_piece(self, tokens: Tensor, cache: PrefixCache) -> Tensor:
+        start, count = cache.tokens, len(tokens)
+        if count == 0:
+            return torch.empty(0, self.config.width, device=self.device, dtype=self.dtype)
+        masks: dict[LayerKind, Tensor] = {}
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            kind = self.config.layer_kinds[layer]
+            keys, values = cache.append(layer, key, value)
+            if kind not in masks:
+                masks[kind] = self._causal_mask(layer, start, count, keys.shape[2])
+            return _masked_attention(query, keys, values, masks[kind])
+
+        hidden = self._run(self.embed(tokens[None]), start, attend, self._encoder_scalars())[0]
+        cache.commit(tokens)
+        return hidden
+
+    def _run(self, x: Tensor, start: int, attend: Attend, scalars: list[Tensor]) -> Tensor:
+        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        rotary: dict[LayerKind, Rotary] = {
+            kind: self.rotations[kind](positions, x.dtype) for kind in self.config.kinds
+        }
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rotary[self.config.layer_kinds[index]], attend, index, scalars[index])
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+    def _causal_mask(self, layer: int, start: int, count: int, held: int) -> Tensor:
+        """May query i see held key j? [count, held] bool; held keys end with the queries."""
+        query = torch.arange(start, start + count, device=self.device)[:, None]
+        key = torch.arange(start + count - held, start + count, device=self.device)[None]
+        mask = key <= query
+        if self.config.layer_kinds[layer] == "sliding":
+            mask &= query - key < self.config.sliding_window
+        return mask
+
+    def _embedding_scale(self) -> Tensor:
+        # sqrt(D) is rounded to the weights' dtype first, as the reference does.
+        return torch.tensor(self.config.width**0.5, dtype=torch.float32).to(
+            self.embed_tokens.weight
+        )
+
+    def _decoder_scalars(self) -> list[Tensor]:
+        return [layer.layer_scalar for layer in self.layers]
+
+    def _encoder_scalars(self) -> list[Tensor]:
+        return list(self.encoder_scalars.split(1))
+
+
+def _masked_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=1.0, enable_gqa=True
+    )
