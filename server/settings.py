@@ -1,0 +1,213 @@
+"""Flags, environment and file, merged into one frozen record.
+
+Flags win over `INFILLD_*` variables, which win over `$XDG_CONFIG_HOME/infilld/config.toml`. An
+unknown key or a value that cannot be read refuses to start and names key and source.
+"""
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from ipaddress import ip_address
+from pathlib import Path
+
+STARTER = "starter"
+DEFAULT_PORT = 8741
+LOG_LEVELS = ("debug", "info", "warning", "error")
+_PREFIX = "INFILLD_"
+
+
+class Problem(Exception):
+    """Something on this machine must be mended: `code`, message, and `remedy` in one sentence."""
+
+    code = "problem"
+
+    def __init__(self, message: str, *, remedy: str = "", code: str | None = None) -> None:
+        super().__init__(message)
+        self.remedy = remedy
+        if code is not None:
+            self.code = code
+
+
+class SettingsProblem(Problem):
+    """A key is unknown, or its value cannot be used."""
+
+    code = "bad_settings"
+
+
+def config_folder(environ: Mapping[str, str] | None = None) -> Path:
+    """The folder of `config.toml`, after the XDG rules."""
+    return _xdg(os.environ if environ is None else environ, "XDG_CONFIG_HOME", ".config")
+
+
+def _xdg(environ: Mapping[str, str], variable: str, default: str) -> Path:
+    base = environ.get(variable, "")
+    # The XDG specification says to ignore a relative path.
+    root = Path(base) if base.startswith("/") else Path.home() / default
+    return root / "infilld"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that can be configured.
+
+    Attributes:
+        model: absolute path of a checkpoint folder, or "starter" for the embedded model.
+        device: "auto", or a torch device such as "cpu" or "cuda".
+        host: loopback address to listen on.
+        port: TCP port; 0 picks a free one.
+        state_dir: folder of the lock, the daemon's address, the token and the log.
+        auth: ask for the bearer token.
+        log_level: one of `LOG_LEVELS`.
+    """
+
+    model: str = STARTER
+    device: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = DEFAULT_PORT
+    state_dir: Path = field(
+        default_factory=lambda: _xdg(os.environ, "XDG_STATE_HOME", ".local/state")
+    )
+    auth: bool = True
+    log_level: str = "info"
+
+    @property
+    def model_folder(self) -> Path | None:
+        """The checkpoint's folder; None means the embedded starter model."""
+        return None if self.model == STARTER else Path(self.model)
+
+    @property
+    def token_file(self) -> Path:
+        """Where the bearer token is kept, readable by its owner only."""
+        return self.state_dir / "token"
+
+    @property
+    def log_file(self) -> Path:
+        """Where a daemon that was started in the background writes."""
+        return self.state_dir / "daemon.log"
+
+    def flags(self) -> list[str]:
+        """The command-line flags that give another process exactly these settings."""
+        words: list[str] = []
+        for name in KEYS:
+            value = getattr(self, name)
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            words += [f"--{name.replace('_', '-')}", text]
+        return words
+
+
+def load(
+    flags: Mapping[str, object] | None = None, *, environ: Mapping[str, str] | None = None
+) -> Settings:
+    """Merge file, environment and flags; a flag that is None was not given.
+
+    Raises:
+        SettingsProblem: an unknown key, or a value that cannot be used; names key and source.
+    """
+    env = os.environ if environ is None else environ
+    values: dict[str, object] = {"state_dir": _xdg(env, "XDG_STATE_HOME", ".local/state")}
+    values |= _from_file(config_folder(env) / "config.toml")
+    values |= _from_environment(env)
+    for name, value in (flags or {}).items():
+        if value is not None:
+            values[name] = _read(name, value, f"flag --{name.replace('_', '-')}", Path.cwd())
+    return Settings(**values)  # type: ignore[arg-type]  # _read has checked every one
+
+
+def _from_file(path: Path) -> dict[str, object]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise SettingsProblem(f"cannot read {path}: {error}", remedy="Mend the file.") from error
+    return {name: _read(name, value, str(path), path.parent) for name, value in table.items()}
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for variable, text in environ.items():
+        if variable.startswith(_PREFIX):
+            name = variable.removeprefix(_PREFIX).lower()
+            values[name] = _read(name, text, f"environment variable {variable}", Path.cwd())
+    return values
+
+
+def _read(name: str, value: object, source: str, folder: Path) -> object:
+    """Turn one value into what `Settings` holds; relative paths count from `folder`."""
+    reader = _READERS.get(name)
+    if reader is None:
+        raise SettingsProblem(
+            f"unknown key {name!r} in {source}", remedy=f"Known keys: {', '.join(_READERS)}."
+        )
+    try:
+        return reader(value, folder)
+    except ValueError as error:
+        raise SettingsProblem(f"{name} = {value!r} in {source}: {error}") from None
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("expected a text that is not empty")
+    return value
+
+
+def _path(value: object, folder: Path) -> Path:
+    text = str(value) if isinstance(value, Path) else _text(value)
+    return Path(os.path.abspath(folder / Path(text).expanduser()))
+
+
+def _model(value: object, folder: Path) -> str:
+    return STARTER if value == STARTER else str(_path(value, folder))
+
+
+def _device(value: object, folder: Path) -> str:
+    return _text(value)
+
+
+def _host(value: object, folder: Path) -> str:
+    text = _text(value)
+    if text == "localhost":
+        return "127.0.0.1"
+    try:
+        is_loopback = ip_address(text).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise ValueError("infilld listens on loopback only, such as 127.0.0.1 or ::1")
+    return text
+
+
+def _port(value: object, folder: Path) -> int:
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 65535:
+        raise ValueError("expected a port from 0 to 65535")
+    return value
+
+
+def _bool(value: object, folder: Path) -> bool:
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if isinstance(value, str) and value.lower() in words:
+        return words[value.lower()]
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")
+    return value
+
+
+def _log_level(value: object, folder: Path) -> str:
+    if value not in LOG_LEVELS:
+        raise ValueError(f"expected one of {', '.join(LOG_LEVELS)}")
+    return str(value)
+
+
+_READERS: Mapping[str, Callable[[object, Path], object]] = {
+    "model": _model,
+    "device": _device,
+    "host": _host,
+    "port": _port,
+    "state_dir": _path,
+    "auth": _bool,
+    "log_level": _log_level,
+}
+KEYS = tuple(f.name for f in fields(Settings))

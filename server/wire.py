@@ -1,0 +1,173 @@
+"""The shapes of the native REST interface, one model each.
+
+The server, the client, the command line and the bridge share these, so nothing here imports the
+engine or HTTP. Requests refuse unknown keys; replies ignore them, so an older client can read a
+newer daemon. Offsets are code points of the request's text, ranges half-open `[start, end)`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _refuse_lone_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"lone surrogate at code point {error.start}") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_refuse_lone_surrogates)]
+"""A string that can be encoded; every surrogate is part of a pair."""
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Reply(BaseModel):
+    model_config = ConfigDict(frozen=True, validate_by_name=True, validate_by_alias=True)
+
+
+class Span(_Request):
+    """Text that may change: `[start, end)` in code points; an empty range is a gap."""
+
+    start: int
+    end: int
+
+
+class ContextItem(_Request):
+    """Material from elsewhere that helps the model."""
+
+    path: Text
+    text: Text
+    kind: Literal["open", "recent", "definition", "diagnostic", "clipboard"]
+
+
+class Pin(_Request):
+    """Text that the result of one span must start or end with; `span` is its index."""
+
+    span: int
+    at: Literal["start", "end"]
+    text: Text
+
+
+class InfillRequest(_Request):
+    """Body of `POST /v1/infill`."""
+
+    text: Text
+    spans: list[Span]
+    document: Text | None = None
+    path: Text | None = None
+    language: Text | None = None
+    instruction: Text | None = None
+    context: list[ContextItem] | None = None
+    pins: list[Pin] | None = None
+    draft: list[Text | None] | None = None
+    n: int = 1
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    deadline_ms: int | None = None
+    seed: int | None = None
+    stream: bool = False
+    think: bool = False
+    warm: bool = False
+
+    def to_json(self) -> bytes:
+        """The body as bytes, without the keys that hold their default."""
+        return self.model_dump_json(exclude_defaults=True).encode()
+
+
+class SpanText(_Reply):
+    """New text of `[start, end)`; `confidence` is a mean probability, 0 to 1."""
+
+    start: int
+    end: int
+    text: str
+    confidence: float
+
+
+class Choice(_Reply):
+    """One answer for all spans; `score` is the mean log-probability per token, nats."""
+
+    spans: list[SpanText]
+    score: float
+
+
+class Usage(_Reply):
+    """What the request cost."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    canvas_tokens: int = 0
+    passes: int = 0
+
+
+class Timings(_Reply):
+    """Milliseconds of each phase."""
+
+    queue_ms: float = 0.0
+    encode_ms: float = 0.0
+    denoise_ms: float = 0.0
+    total_ms: float = 0.0
+
+
+class InfillReply(_Reply):
+    """Reply of `POST /v1/infill`, and data of `event: done`.
+
+    `choices` are best first. No choices is an answer: `reason` is its code and `why` one sentence.
+    """
+
+    id: str
+    model: str
+    seed: int
+    choices: list[Choice]
+    reason: str
+    why: str
+    usage: Usage
+    timings: Timings
+
+
+class DraftSpan(_Reply):
+    """A span's whole text as it stands; the first `settled` code points are final."""
+
+    text: str
+    settled: int
+
+
+class CanvasEvent(_Reply):
+    """Data of `event: canvas`: the hypothesis that is best now.
+
+    `seq` counts events from 0, `canvas` the canvases of a long answer; `passes` (`pass` on the
+    wire) counts the forwards done on this canvas. `revised` says that settled text was taken back.
+    """
+
+    id: str
+    seq: int
+    canvas: int
+    passes: int = Field(alias="pass")
+    spans: list[DraftSpan]
+    revised: bool = False
+
+
+class ErrorBody(_Reply):
+    """What went wrong, and one sentence on what to do about it (may be empty)."""
+
+    code: str
+    message: str
+    remedy: str = ""
+
+
+class ErrorReply(_Reply):
+    """Body of every answer that is not a 2xx, and data of `event: error`."""
+
+    error: ErrorBody
+
+
+class Health(_Reply):
+    """Reply of `GET /health`."""
+
+    api: int
+    version: str
+    state: Literal["loading", "ready", "failed"]
