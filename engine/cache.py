@@ -47,7 +47,10 @@ class PrefixCache:
             raise ValueError(f"{margin_tokens=}: expected 0 or more")
         self._config, self._margin = config, margin_tokens
         self._held = [
-            _Held(*(torch.empty(1, heads, 0, size, device=device, dtype=dtype) for _ in range(2)))
+            _Held(
+                torch.empty(1, heads, 0, size, device=device, dtype=dtype),
+                torch.empty(1, heads, 0, size, device=device, dtype=dtype),
+            )
             for heads, size in (
                 (config.key_heads[kind], config.head_sizes[kind]) for kind in config.layer_kinds
             )

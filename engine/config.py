@@ -168,7 +168,7 @@ class SamplerConfig:
     """How a canvas is denoised. Defaults: Google's generation_config.json of the 26B model.
 
     Attributes:
-        max_steps: N; the temperature schedule is stretched over it, so another N is another sampler.
+        max_steps: N; the temperature schedule is stretched over it: another N, another sampler.
         t_min, t_max: temperature after the last and before the first step.
         entropy_budget_nats: summed entropy of the positions accepted in one step.
         stability_passes: k; stop needs k + 1 passes with equal argmax. None: never stop early.

@@ -116,7 +116,7 @@ class Attention(nn.Module):
         return projected
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, self.head_size).transpose(1, 2)
 
 
 class GatedMLP(nn.Module):
@@ -180,7 +180,7 @@ class Experts(nn.Module):
 
     def _chosen(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         out = torch.zeros_like(x)
-        for expert in ids.unique().tolist():
+        for expert in sorted(set(ids.flatten().tolist())):
             token, place = torch.where(ids == expert)
             gate, up = F.linear(x[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
             part = F.linear(gelu(gate) * up, self.down_proj[expert])

@@ -77,7 +77,8 @@ class DiffusionGemma(nn.Module):
         Returns:
             Normed hidden states [N, D] of these tokens; position i predicts token i + 1.
         """
-        parts = [self._encode_piece(part, cache) for part in tokens.split(ENCODE_CHUNK_TOKENS)]
+        pieces = torch.split(tokens, ENCODE_CHUNK_TOKENS)
+        parts = [self._encode_piece(piece, cache) for piece in pieces]
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     @torch.no_grad()
@@ -163,10 +164,10 @@ class DiffusionGemma(nn.Module):
         )
 
     def _decoder_scalars(self) -> list[Tensor]:
-        return [layer.layer_scalar for layer in self.layers]
+        return [layer.get_buffer("layer_scalar") for layer in self.layers]
 
     def _encoder_scalars(self) -> list[Tensor]:
-        return list(self.encoder_scalars.split(1))
+        return list(torch.split(self.encoder_scalars, 1))
 
 
 def _masked_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What is asked of the engine and what it answers: plain records, no tensors, no HTTP."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -111,7 +112,7 @@ class InfillRequest:
 
 def _refuse_overlap(spans: Sequence[Span]) -> None:
     order = sorted(range(len(spans)), key=lambda i: (spans[i].start, spans[i].end))
-    for a, b in zip(order, order[1:], strict=False):
+    for a, b in itertools.pairwise(order):
         # Two empty spans at one place would have no order between them.
         if spans[b].start < spans[a].end or spans[a] == spans[b]:
             raise SpansOverlap(
