@@ -5,6 +5,8 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lsprotocol import types
+
 from infilld.lsp.documents import (
     Documents,
     Encoding,
@@ -15,7 +17,6 @@ from infilld.lsp.documents import (
     join_surrogates,
     with_line_feeds,
 )
-from lsprotocol import types
 
 ENCODINGS: tuple[Encoding, ...] = ("utf-8", "utf-16", "utf-32")
 # Every width of UTF-8, both widths of UTF-16, all line ends, and what `str.splitlines` wrongly
