@@ -1,0 +1,115 @@
+"""Text to token ids and back to bytes, for byte-level and for byte-fallback vocabularies."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import tokenizers
+
+from infilld.engine.errors import CheckpointMismatch, CheckpointMissing
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# SentencePiece writes a space as this sign.
+_SPACE_SIGN = "\u2581"
+
+
+class Tokenizer:
+    """The vocabulary of one checkpoint.
+
+    Text is always text: a document that contains `<eos>` gets ordinary tokens for it, never the
+    control token. Control tokens are asked for by name.
+
+    Args:
+        tokenizer: as loaded from `tokenizer.json`.
+        byte_level: each character of a token stands for one byte; else tokens are UTF-8 text
+            with `<0xNN>` for single bytes.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, byte_level: bool) -> None:
+        self._tokenizer = tokenizer
+        self._tokenizer.encode_special_tokens = True
+        self._byte_level = byte_level
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read `tokenizer.json`.
+
+        Raises:
+            CheckpointMissing: no such file.
+            CheckpointMismatch: not a tokenizer of a known kind.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointMissing(f"{folder} holds no tokenizer.json")
+        try:
+            content = path.read_text(encoding="utf-8")
+            decoder = json.dumps(json.loads(content).get("decoder"))
+            loaded = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the library raises bare Exception on malformed files
+            raise CheckpointMismatch(f"{path} is not a tokenizer: {error}") from None
+        return cls(loaded, byte_level='"ByteLevel"' in decoder)
+
+    @property
+    def vocab_tokens(self) -> int:
+        """How many ids there are, control tokens included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text; no control token is added or recognised."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def control(self, name: str) -> int | None:
+        """Id of a control token such as `<bos>`; None where this vocabulary has none."""
+        found = self._tokenizer.token_to_id(name)
+        return int(found) if found is not None and found in self.control_ids else None
+
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that never stand for text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(int(i) for i, token in added.items() if token.special)
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """Exact bytes of the ids, control tokens left out; may end within a character."""
+        return b"".join(self._bytes[i] for i in ids)
+
+    def text(self, ids: Iterable[int]) -> str:
+        """Text of the ids; bytes that form no character are left out."""
+        return self.decode(ids).decode("utf-8", errors="ignore")
+
+    @cached_property
+    def newline_ids(self) -> Sequence[int]:
+        """Ids whose text contains a line end."""
+        return [i for i, piece in enumerate(self._bytes) if b"\n" in piece or b"\r" in piece]
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        table = [b""] * self.vocab_tokens
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if index not in self.control_ids:
+                table[index] = self._token_bytes(token)
+        return table
+
+    def _token_bytes(self, token: str) -> bytes:
+        if self._byte_level:
+            return bytes(_BYTE_OF[c] for c in token) if _BYTE_OF.keys() >= set(token) else b""
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match[1], 16)])
+        return token.replace(_SPACE_SIGN, " ").encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte that each character of a byte-level token stands for.
+
+    Printable Latin-1 bytes stand for themselves, the others are numbered from U+0100 on.
+    Source: the byte-level BPE of GPT-2, as the tokenizers library implements it.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
