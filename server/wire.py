@@ -22,8 +22,13 @@ Text = Annotated[str, AfterValidator(_refuse_lone_surrogates)]
 """A string that can be encoded; every surrogate is part of a pair."""
 
 
+# JSON's own types only: neither "3" nor 3.0 nor true is a count.
+Count = Annotated[int, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class _Reply(BaseModel):
@@ -33,8 +38,8 @@ class _Reply(BaseModel):
 class Span(_Request):
     """Text that may change: `[start, end)` in code points; an empty range is a gap."""
 
-    start: int
-    end: int
+    start: Count
+    end: Count
 
 
 class ContextItem(_Request):
@@ -48,7 +53,7 @@ class ContextItem(_Request):
 class Pin(_Request):
     """Text that the result of one span must start or end with; `span` is its index."""
 
-    span: int
+    span: Count
     at: Literal["start", "end"]
     text: Text
 
@@ -65,14 +70,14 @@ class InfillRequest(_Request):
     context: list[ContextItem] | None = None
     pins: list[Pin] | None = None
     draft: list[Text | None] | None = None
-    n: int = 1
-    min_tokens: int | None = None
-    max_tokens: int | None = None
-    deadline_ms: int | None = None
-    seed: int | None = None
-    stream: bool = False
-    think: bool = False
-    warm: bool = False
+    n: Count = 1
+    min_tokens: Count | None = None
+    max_tokens: Count | None = None
+    deadline_ms: Count | None = None
+    seed: Count | None = None
+    stream: Flag = False
+    think: Flag = False
+    warm: Flag = False
 
     def to_json(self) -> bytes:
         """The body as bytes, without the keys that hold their default."""
@@ -146,7 +151,7 @@ class CanvasEvent(_Reply):
     id: str
     seq: int
     canvas: int
-    passes: int = Field(alias="pass")
+    passes: int = Field(validation_alias="pass", serialization_alias="pass")
     spans: list[DraftSpan]
     revised: bool = False
 

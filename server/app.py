@@ -1,0 +1,45 @@
+"""The application: routes over one worker, behind the guard."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from infilld.server import health, native, problems
+from infilld.server.guard import BODY_LIMIT_BYTES, Guard
+from infilld.server.jobs import Jobs, Worker
+
+
+def create_app(
+    worker: Worker, *, token: str | None, body_limit_bytes: int = BODY_LIMIT_BYTES
+) -> FastAPI:
+    """The application over a worker, which it starts and closes.
+
+    `token` is what clients must send; None asks for none. `app.state.jobs` are the live jobs.
+    """
+    jobs = Jobs(worker)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        try:
+            yield
+        finally:
+            jobs.cancel_all()
+            worker.close()
+
+    app = FastAPI(
+        title="infilld",
+        version=version("infilld"),
+        lifespan=lifespan,
+        # Their pages load scripts from the network; /openapi.json stays.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.jobs = jobs
+    problems.install(app)
+    app.include_router(native.router(jobs))
+    app.include_router(health.router(jobs))
+    app.add_middleware(Guard, token=token, limit_bytes=body_limit_bytes)
+    return app

@@ -1,0 +1,179 @@
+"""The life of the daemon's process: lock, socket, token, address, clean end."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from infilld.server import ports
+from infilld.server.discovery import (
+    API,
+    DaemonProblem,
+    address_file,
+    lock_file,
+    make_private_folder,
+    open_lock,
+    running_pid,
+    try_lock,
+)
+from infilld.server.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from infilld.server.jobs import Worker
+
+log = logging.getLogger(__name__)
+
+_LOCK_WAIT_S = 1.0
+_GRACE_S = 3
+
+
+def serve(
+    settings: Settings,
+    make_worker: Callable[[Settings], "Worker"],
+    *,
+    on_listening: Callable[["Listener"], None] = lambda _: None,
+) -> None:
+    """Run the daemon until it is told to stop.
+
+    The lock comes first and the heavy imports after it, so that a second daemon ends at once.
+
+    Raises:
+        DaemonProblem: one runs already, or the port is taken.
+    """
+    make_private_folder(settings.state_dir)
+    with open_lock(lock_file(settings)) as lock:
+        _hold(lock, settings)
+        address = address_file(settings)
+        address.unlink(missing_ok=True)  # left by one that did not end cleanly
+        with ports.listen(settings.host, settings.port) as listening:
+            from infilld.server.app import create_app
+
+            token = own_token(settings.token_file) if settings.auth else None
+            app = create_app(make_worker(settings), token=token)
+
+            def publish(listener: Listener) -> None:
+                _publish(address, ports.url_of(listening))
+                on_listening(listener)
+
+            try:
+                asyncio.run(Listener(app, settings, publish).serve(sockets=[listening]))
+            finally:
+                address.unlink(missing_ok=True)
+
+
+class Listener(uvicorn.Server):
+    """Serves the application; says when it listens, and ends without raising the signal again."""
+
+    def __init__(
+        self, app: "FastAPI", settings: Settings, on_listening: Callable[["Listener"], None]
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                log_level=settings.log_level,
+                access_log=settings.log_level == "debug",
+                server_header=False,
+                ws="none",
+                timeout_graceful_shutdown=_GRACE_S,
+            )
+        )
+        self._app, self._on_listening = app, on_listening
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._on_listening(self)
+
+    def stop(self) -> None:
+        """End soon: live jobs are cancelled and their clients told. Safe from any thread."""
+        assert self._loop is not None, "only what listens can be stopped"
+        self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        self.should_exit = True
+        self._app.state.jobs.cancel_all()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop cleanly on SIGTERM and SIGINT; in a thread, only on `stop`."""
+        import threading
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        both = (signal.SIGTERM, signal.SIGINT)
+        for number in both:
+            loop.add_signal_handler(number, self._end)
+        try:
+            yield
+        finally:
+            for number in both:
+                loop.remove_signal_handler(number)
+
+
+def _hold(lock: int, settings: Settings) -> None:
+    """Take the daemon's lock for life and write our pid into it."""
+    until = time.monotonic() + _LOCK_WAIT_S
+    # More than once: whoever looks whether a daemon runs holds it for a moment.
+    while not try_lock(lock):
+        if time.monotonic() > until:
+            raise DaemonProblem(
+                f"a daemon runs already for {settings.state_dir} (pid {running_pid(settings)})",
+                remedy="Use it, or run: infilld stop",
+                code="already_running",
+            )
+        time.sleep(0.02)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, str(os.getpid()).encode(), 0)
+
+
+def _publish(address: Path, url: str) -> None:
+    """Say where we listen; readers see the whole file or none."""
+    told = {
+        "pid": os.getpid(),
+        "url": url,
+        "api": API,
+        "version": version("infilld"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    _write_private(address, json.dumps(told))
+    log.info("listening on %s", url)
+
+
+def own_token(path: Path) -> str:
+    """The token of this state folder; made at the first start, kept afterwards."""
+    try:
+        token = path.read_text().strip()
+    except FileNotFoundError:
+        token = ""
+    if not token:
+        token = secrets.token_urlsafe(32)
+        _write_private(path, token + "\n")
+    path.chmod(0o600)
+    return token
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Replace a file of the state folder in one step; only its owner can read it."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    draft.replace(path)

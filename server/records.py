@@ -1,0 +1,86 @@
+"""Requests and answers of the wire as records of the engine, and back."""
+
+from infilld.engine.errors import Unsupported
+from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult, Span
+from infilld.server import wire
+
+
+def to_engine(asked: wire.InfillRequest) -> InfillRequest:
+    """The engine's record of a request.
+
+    Raises:
+        RequestError: a span, a bound or a text no model could serve.
+        Unsupported: a part of the request that this version does not serve.
+    """
+    _refuse_unserved(asked)
+    return InfillRequest(
+        text=asked.text,
+        spans=tuple(Span(span.start, span.end) for span in asked.spans),
+        document=asked.document,
+        path=asked.path,
+        language=asked.language,
+        instruction=asked.instruction,
+        alternatives=asked.n,
+        min_tokens=asked.min_tokens,
+        max_tokens=asked.max_tokens,
+        deadline_ms=asked.deadline_ms,
+        seed=asked.seed,
+        warm=asked.warm,
+    )
+
+
+def _refuse_unserved(asked: wire.InfillRequest) -> None:
+    # Refused rather than ignored: a pin that does not hold is worse than none.
+    for name in ("context", "pins", "draft", "think"):
+        if getattr(asked, name):
+            raise Unsupported(
+                f"{name} is not served by this version", remedy=f"Send the request without {name}."
+            )
+
+
+def to_reply(result: InfillResult, model: str) -> wire.InfillReply:
+    """The reply of a result."""
+    used, spent = result.usage, result.timings
+    return wire.InfillReply(
+        id=result.id,
+        model=model,
+        seed=result.seed,
+        choices=[
+            wire.Choice(
+                spans=[
+                    wire.SpanText(
+                        start=span.start, end=span.end, text=span.text, confidence=span.confidence
+                    )
+                    for span in choice.spans
+                ],
+                score=choice.score,
+            )
+            for choice in result.alternatives
+        ],
+        reason=result.reason,
+        why=result.why,
+        usage=wire.Usage(
+            prompt_tokens=used.prompt_tokens,
+            cached_tokens=used.cached_tokens,
+            canvas_tokens=used.canvas_tokens,
+            passes=used.passes,
+        ),
+        timings=wire.Timings(
+            queue_ms=spent.queue_ms,
+            encode_ms=spent.encode_ms,
+            denoise_ms=spent.denoise_ms,
+            total_ms=spent.total_ms,
+        ),
+    )
+
+
+def to_event(job_id: str, update: CanvasUpdate) -> wire.CanvasEvent:
+    """The event of a canvas."""
+    return wire.CanvasEvent(
+        id=job_id,
+        seq=update.seq,
+        canvas=update.canvas,
+        passes=update.passes,
+        spans=[wire.DraftSpan(text=span.text, settled=span.settled) for span in update.spans],
+        revised=update.revised,
+    )

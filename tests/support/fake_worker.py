@@ -1,0 +1,206 @@
+"""A worker without a model: the interface of `infilld.engine.worker.Worker`, scripted by a test.
+
+Every job runs on a thread of its own through the canvases of its script and then its result.
+`hold()` makes jobs wait before each canvas and before the result; `release()` lets them go on.
+"""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from infilld.engine.errors import Busy, Cancelled, InfilldError, Loading
+from infilld.engine.request import (
+    Alternative,
+    CanvasUpdate,
+    DraftSpan,
+    InfillRequest,
+    InfillResult,
+    Reason,
+    SpanFill,
+    Timings,
+    Usage,
+)
+
+OnCanvas = Callable[[CanvasUpdate], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """What a job does.
+
+    Attributes:
+        texts: the best first; every span gets the same text. Empty: no suggestion.
+        drafts: the canvases shown before, whole text each; settled is what the next one shares.
+        reason, why: of the result.
+        error: raised instead of a result.
+        pass_s: seconds before each canvas.
+    """
+
+    texts: Sequence[str] = ("return 1",)
+    drafts: Sequence[str] = ("rxturn q", "return q")
+    reason: Reason = "ok"
+    why: str = ""
+    error: InfilldError | None = None
+    pass_s: float = 0.0
+
+
+Scripting = Script | Callable[[InfillRequest], Script]
+
+
+class FakeJob:
+    """One scripted job."""
+
+    def __init__(self, job_id: str, request: InfillRequest, script: Script) -> None:
+        self.id, self.request, self.script = job_id, request, script
+        self.future: Future[InfillResult] = Future()
+        self.is_cancelled = threading.Event()
+        self.is_superseded = threading.Event()
+
+    def cancel(self) -> None:
+        self.is_cancelled.set()
+
+
+class FakeWorker:
+    """Runs scripted jobs; `script` may depend on the request."""
+
+    def __init__(
+        self, script: Scripting | None = None, *, is_loading: bool = False, capacity: int = 8
+    ) -> None:
+        self.script: Scripting = script or Script()
+        self.state = "loading" if is_loading else "ready"
+        self.failure: InfilldError | None = None
+        self.jobs: list[FakeJob] = []
+        self._capacity = capacity
+        self._is_open = threading.Event()
+        self._is_open.set()
+        self._ids = itertools.count()
+        self._changed = threading.Condition()
+        self._counts = {"done": 0, "cancelled": 0, "superseded": 0}
+
+    def start(self) -> None:
+        pass
+
+    def close(self) -> None:
+        for job in self.jobs:
+            job.cancel()
+
+    def finish_loading(self, failure: InfilldError | None = None) -> None:
+        self.failure = failure
+        self.state = "ready" if failure is None else "failed"
+
+    def wait_ready(self, timeout_s: float) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self.state != "ready":
+            raise Loading(f"not loaded after {timeout_s} s")
+
+    def hold(self) -> None:
+        self._is_open.clear()
+
+    def release(self) -> None:
+        self._is_open.set()
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+        """Wait until a job's progress makes the condition true."""
+        with self._changed:
+            assert self._changed.wait_for(condition, timeout_s), "the fake worker never got there"
+
+    def submit(self, request: InfillRequest, on_canvas: OnCanvas | None = None) -> FakeJob:
+        if self.failure is not None:
+            raise self.failure
+        if self.state == "loading":
+            raise Loading("the model is still being loaded")
+        running = [job for job in self.jobs if not job.future.done()]
+        if len(running) >= self._capacity:
+            raise Busy(f"{len(running)} jobs are waiting")
+        for job in running:
+            if request.document is not None and job.request.document == request.document:
+                job.is_superseded.set()
+        script = self.script(request) if callable(self.script) else self.script
+        job = FakeJob(f"job-{next(self._ids)}", request, script)
+        self.jobs.append(job)
+        threading.Thread(target=self._run, args=(job, on_canvas), daemon=True).start()
+        self._note()
+        return job
+
+    def describe(self) -> dict[str, object]:
+        return {
+            "model": "fake",
+            "folder": None,
+            "device": "cpu",
+            "dtype": "float32",
+            "parameters": 0,
+            "memory_bytes": 0,
+            "canvas_tokens": 256,
+            "max_tokens": 4096,
+        }
+
+    def stats(self) -> dict[str, object]:
+        return dict(self._counts)
+
+    def _note(self, count: str | None = None) -> None:
+        with self._changed:
+            if count is not None:
+                self._counts[count] += 1
+            self._changed.notify_all()
+
+    def _run(self, job: FakeJob, on_canvas: OnCanvas | None) -> None:
+        for seq, draft in enumerate(job.script.drafts):
+            if self._has_ended(job):
+                return
+            if on_canvas is not None:
+                on_canvas(_update(job, seq, draft))
+        if self._has_ended(job):
+            return
+        if job.script.error is not None:
+            job.future.set_exception(job.script.error)
+        else:
+            job.future.set_result(_result(job))
+        self._note("done")
+
+    def _has_ended(self, job: FakeJob) -> bool:
+        """Wait for the gate; True when the job was cancelled or superseded meanwhile."""
+        time.sleep(job.script.pass_s)
+        while not self._is_open.wait(0.005) and not (
+            job.is_cancelled.is_set() or job.is_superseded.is_set()
+        ):
+            pass
+        if job.is_cancelled.is_set():
+            job.future.set_exception(Cancelled("cancelled by the client"))
+            self._note("cancelled")
+            return True
+        if job.is_superseded.is_set():
+            job.future.set_result(InfillResult(id=job.id, seed=0, reason="superseded", why="newer"))
+            self._note("superseded")
+            return True
+        return False
+
+
+def _update(job: FakeJob, seq: int, draft: str) -> CanvasUpdate:
+    after = [*job.script.drafts, *job.script.texts[:1]][seq + 1 :]
+    pairs = zip(draft, after[0] if after else draft, strict=False)
+    settled = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    spans = tuple(DraftSpan(draft, settled) for _ in job.request.spans)
+    return CanvasUpdate(seq=seq, canvas=0, passes=seq + 1, spans=spans)
+
+
+def _result(job: FakeJob) -> InfillResult:
+    script, asked = job.script, job.request
+    texts = script.texts[: asked.alternatives] if script.reason == "ok" and not asked.warm else ()
+    return InfillResult(
+        id=job.id,
+        seed=7 if asked.seed is None else asked.seed,
+        alternatives=tuple(
+            Alternative(
+                tuple(SpanFill(span.start, span.end, text, 0.9) for span in asked.spans), -0.1 - i
+            )
+            for i, text in enumerate(texts)
+        ),
+        reason=script.reason,
+        why=script.why,
+        usage=Usage(prompt_tokens=10, canvas_tokens=16, passes=len(script.drafts)),
+        timings=Timings(denoise_ms=1.0, total_ms=1.5),
+    )
