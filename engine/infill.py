@@ -139,6 +139,10 @@ class Infiller:
         )
         return replace(result, timings=timings)
 
+    def forget(self) -> None:
+        """Drop every encoded prefix."""
+        self._caches.clear()
+
     def _accepted(self, request: InfillRequest) -> tuple[Span, Controls]:
         if self.controls is None:
             raise Unsupported(
