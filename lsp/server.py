@@ -63,7 +63,7 @@ def create_server() -> BridgeServer:
 
 def _initialize(ls: BridgeServer, params: types.InitializeParams) -> None:
     """Take over the encoding pygls has agreed on, the folders and the options."""
-    ls.documents.encoding = encoding_named(str(ls.workspace.position_encoding))
+    ls.documents.encoding = encoding_named(ls.workspace.position_encoding or "utf-16")
     folders = [folder.uri for folder in params.workspace_folders or []]
     ls.inline.roots = folders or [root for root in [params.root_uri] if root]
     ls.inline.options, ls.problems = parse_options(params.initialization_options)
