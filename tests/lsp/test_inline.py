@@ -214,6 +214,15 @@ def test_positions_past_the_end_are_clamped(
     assert bridge.items(uri, 99, 0)[0]["range"] == {"start": at(1, 4), "end": at(1, 4)}
 
 
+def test_changes_are_taken_in(bridge: FakeEditor, worker: FakeWorker, uri: str) -> None:
+    """A form feed is no line end; pygls' own documents would count it as one."""
+    bridge.open(uri, "a\x0c😀b\nc")
+    bridge.insert(uri, 2, 1, 1, "d\r\n")
+    bridge.insert(uri, 3, 2, 0, "e")
+    assert bridge.items(uri, 2, 1)
+    assert worker.jobs[0].request.text == "a\x0c😀b\ncd\ne"
+
+
 def test_a_document_that_is_not_open_gets_nothing(bridge: FakeEditor, uri: str) -> None:
     assert bridge.items(uri, 0, 0) == []
     assert bridge.status()["last"]["reason"] == "not_open"

@@ -102,6 +102,11 @@ class FakeEditor:
         with self._changed:
             return [m["params"] for m in self._messages if m.get("method") == method]
 
+    def received_errors(self) -> list[dict[str, Any]]:
+        """The errors that have come so far, those without an id included."""
+        with self._changed:
+            return [m["error"] for m in self._messages if "error" in m]
+
     # A session
 
     def initialize(self) -> dict[str, Any]:
