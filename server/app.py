@@ -1,5 +1,6 @@
 """The application: routes over one worker, behind the guard."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -27,7 +28,7 @@ def create_app(
             yield
         finally:
             jobs.cancel_all()
-            worker.close()
+            await asyncio.to_thread(worker.close)
 
     app = FastAPI(
         title="infilld",

@@ -79,7 +79,9 @@ class Client:
         """
         until = time.monotonic() + timeout_s
         while (state := self.health().state) != "ready":
-            _check_loading(state, until - time.monotonic(), timeout_s)
+            if state == "failed":
+                raise _load_failure(self.stats())
+            _check_time(until, timeout_s)
             time.sleep(0.05)
 
     def stats(self) -> dict[str, Any]:
@@ -157,7 +159,9 @@ class AsyncClient:
 
         until = time.monotonic() + timeout_s
         while (state := (await self.health()).state) != "ready":
-            _check_loading(state, until - time.monotonic(), timeout_s)
+            if state == "failed":
+                raise _load_failure(await self.stats())
+            _check_time(until, timeout_s)
             await asyncio.sleep(0.05)
 
     async def stats(self) -> dict[str, Any]:
@@ -262,10 +266,13 @@ def _body(request: wire.InfillRequest, is_streamed: bool) -> dict[str, Any]:
     return {"content": content, "headers": {"Content-Type": "application/json"}}
 
 
-def _check_loading(state: str, left_s: float, timeout_s: float) -> None:
-    if state == "failed":
-        raise ServerProblem(503, "model_error", "the model could not be loaded", "infilld doctor")
-    if left_s <= 0:
+def _load_failure(stats: dict[str, Any]) -> ServerProblem:
+    failure = stats.get("failure") or "the model could not be loaded"
+    return ServerProblem(500, "model_error", failure, "Run: infilld doctor")
+
+
+def _check_time(until: float, timeout_s: float) -> None:
+    if time.monotonic() > until:
         raise ServerProblem(
             503, "loading", f"the model was not loaded after {timeout_s:g} s", "Wait and try again."
         )

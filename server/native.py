@@ -1,6 +1,7 @@
 """`POST /v1/infill`: the native route, plain and streamed."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from infilld.engine.request import InfillRequest, InfillResult
 from infilld.server import problems, sse, wire
 from infilld.server.jobs import Jobs, LiveJob
 from infilld.server.records import to_engine, to_event, to_reply
+
+log = logging.getLogger(__name__)
 
 
 def router(jobs: Jobs) -> APIRouter:
@@ -53,6 +56,9 @@ async def _events(jobs: Jobs, job: LiveJob) -> AsyncIterator[bytes]:
         yield sse.frame("done", _reply(jobs, await job.result()).model_dump())
     except InfilldError as error:
         yield sse.frame("error", problems.body_of(error))
+    except Exception:
+        log.exception("job %s failed", job.id)
+        yield sse.frame("error", problems.INTERNAL)
 
 
 async def _run(jobs: Jobs, wanted: InfillRequest, request: Request) -> InfillResult:

@@ -44,6 +44,10 @@ def body(code: str, message: str, remedy: str = "") -> dict[str, object]:
     return {"error": {"code": code, "message": message, "remedy": remedy}}
 
 
+# The log has the traceback; the message may quote source text and stays inside.
+INTERNAL = body("internal", "an unexpected error", "Look into: infilld logs")
+
+
 def body_of(error: InfilldError) -> dict[str, object]:
     """The error object of one of our errors."""
     return body(error.code, str(error), error.remedy)
@@ -87,10 +91,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    # The server logs the traceback; the message may quote source text and stays inside.
-    return response(
-        500, body("internal", f"unexpected {type(error).__name__}", "Look into: infilld logs")
-    )
+    return response(500, INTERNAL)
 
 
 def explain(found: Sequence[Mapping[str, Any]]) -> dict[str, object]:

@@ -211,3 +211,12 @@ _READERS: Mapping[str, Callable[[object, Path], object]] = {
     "log_level": _log_level,
 }
 KEYS = tuple(f.name for f in fields(Settings))
+HELP: Mapping[str, str] = {
+    "model": 'checkpoint folder, or "starter"',
+    "device": "auto, cpu, cuda, cuda:N",
+    "host": "loopback address to listen on",
+    "port": f"TCP port, {DEFAULT_PORT} unless told; 0 picks a free one",
+    "state_dir": "folder of the lock, the token and the log",
+    "auth": "ask for the bearer token: true or false",
+    "log_level": ", ".join(LOG_LEVELS),
+}

@@ -1,0 +1,53 @@
+"""A canvas being refined, shown in the terminal: settled text normal, the rest dim."""
+
+import sys
+from collections.abc import Iterator
+
+from infilld.server import wire
+from infilld.server.client import ServerProblem
+
+Stream = Iterator[wire.CanvasEvent | wire.InfillReply]
+
+
+def watch(stream: Stream) -> wire.InfillReply:
+    """Show every canvas on stderr and return the reply.
+
+    A terminal shows one canvas that changes in place; anything else gets one line a canvas.
+    """
+    return _live(stream) if sys.stderr.isatty() else _lines(stream)
+
+
+def _lines(stream: Stream) -> wire.InfillReply:
+    for event in stream:
+        if isinstance(event, wire.InfillReply):
+            return event
+        text = " | ".join(repr(span.text) for span in event.spans)
+        settled = ",".join(str(span.settled) for span in event.spans)
+        sys.stderr.write(f"pass {event.passes}, settled {settled}: {text}\n")
+        sys.stderr.flush()
+    raise _cut_off()
+
+
+def _live(stream: Stream) -> wire.InfillReply:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=Console(stderr=True), transient=True, auto_refresh=False) as live:
+        for event in stream:
+            if isinstance(event, wire.InfillReply):
+                return event
+            shown = Text()
+            for span in event.spans:
+                # Control characters of a draft must not reach the terminal; new lines may.
+                clean = "".join(
+                    c if c.isprintable() or c in "\n\t" else "\ufffd" for c in span.text
+                )
+                shown.append(clean[: span.settled]).append(clean[span.settled :], style="dim")
+            shown.append(f"\npass {event.passes}", style="cyan")
+            live.update(shown, refresh=True)
+    raise _cut_off()
+
+
+def _cut_off() -> ServerProblem:
+    return ServerProblem(0, "cut_off", "the stream ended without an answer", "Try again.")

@@ -1,0 +1,338 @@
+"""`POST /v1/infill` over a real socket: shapes, refusals, streams and cancelled jobs."""
+
+import json
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from fake_worker import FakeWorker, Script
+from live_server import LiveServer, live_server
+
+from infilld.engine import errors
+from infilld.server import wire
+from infilld.server.client import ServerProblem
+
+TEXT = "def f():\n    \n"
+BODY: dict[str, Any] = {"text": TEXT, "spans": [{"start": 13, "end": 13}]}
+
+
+def post(server: LiveServer, body: object, path: str = "/v1/infill") -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.post(
+        server.url + path,
+        content=content,
+        headers={"Authorization": f"Bearer {server.token}", "Content-Type": "application/json"},
+        timeout=20,
+    )
+
+
+def error_of(got: httpx.Response) -> dict[str, str]:
+    content = got.json()
+    assert set(content) == {"error"}
+    assert set(content["error"]) == {"code", "message", "remedy"}
+    error: dict[str, str] = content["error"]
+    return error
+
+
+def asked(**more: Any) -> wire.InfillRequest:
+    return wire.InfillRequest.model_validate(BODY | more)
+
+
+def test_the_reply_has_the_documented_shape(server: LiveServer) -> None:
+    got = post(server, BODY | {"seed": 3})
+    assert got.status_code == 200
+    assert got.json() == {
+        "id": "job-0",
+        "model": "fake",
+        "seed": 3,
+        "choices": [
+            {
+                "spans": [{"start": 13, "end": 13, "text": "return 1", "confidence": 0.9}],
+                "score": -0.1,
+            }
+        ],
+        "reason": "ok",
+        "why": "",
+        "usage": {"prompt_tokens": 10, "cached_tokens": 0, "canvas_tokens": 16, "passes": 2},
+        "timings": {"queue_ms": 0.0, "encode_ms": 0.0, "denoise_ms": 1.0, "total_ms": 1.5},
+    }
+
+
+def test_every_field_reaches_the_engine(server: LiveServer) -> None:
+    sent = {
+        "document": "d",
+        "path": "a.py",
+        "language": "python",
+        "instruction": "shorten",
+        "n": 2,
+        "min_tokens": 1,
+        "max_tokens": 9,
+        "deadline_ms": 500,
+        "seed": 5,
+        "warm": True,
+    }
+    assert post(server, BODY | sent).status_code == 200
+    got = server.worker.jobs[0].request
+    assert got.alternatives == sent.pop("n")
+    assert {name: getattr(got, name) for name in sent} == sent
+    assert got.text == TEXT
+
+
+def test_silence_is_a_result_with_a_reason(server: LiveServer) -> None:
+    server.worker.script = Script(reason="low_confidence", why="Nothing was certain.")
+    got = post(server, BODY)
+    assert got.status_code == 200
+    assert (got.json()["choices"], got.json()["reason"]) == ([], "low_confidence")
+    assert got.json()["why"] == "Nothing was certain."
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "bad_request"),
+        (b"{", "malformed_json"),
+        (b"\xff\xfe", "malformed_json"),
+        (b"[" * 100_000, "malformed_json"),
+        (b"[]", "bad_request"),
+        (b"null", "bad_request"),
+        ({}, "bad_request"),
+        (BODY | {"txet": 1}, "unknown_key"),
+        (BODY | {"spans": [{"start": 0, "end": 0, "ned": 1}]}, "unknown_key"),
+        (BODY | {"text": 5}, "bad_request"),
+        (BODY | {"n": "2"}, "bad_request"),
+        (BODY | {"n": 2.0}, "bad_request"),
+        (BODY | {"n": True}, "bad_request"),
+        (BODY | {"stream": "yes"}, "bad_request"),
+        (BODY | {"n": 9}, "unknown_option"),
+        (BODY | {"seed": 2**63}, "unknown_option"),
+        (BODY | {"deadline_ms": 0}, "unknown_option"),
+        (BODY | {"spans": []}, "bad_request"),
+        (BODY | {"spans": [{"start": 0, "end": 15}]}, "span_out_of_range"),
+        (BODY | {"spans": [{"start": -1, "end": 0}]}, "span_out_of_range"),
+        (BODY | {"spans": [{"start": 2, "end": 1}]}, "span_out_of_range"),
+        (BODY | {"spans": [{"start": 0, "end": 2}, {"start": 1, "end": 3}]}, "spans_overlap"),
+        (BODY | {"text": "\ud800" * 20}, "bad_text"),
+        (BODY | {"instruction": "\udc00"}, "bad_text"),
+        (BODY | {"pins": [{"span": 0, "at": "start", "text": "a"}]}, "unsupported"),
+        (BODY | {"pins": [{"span": 0, "at": "middle", "text": "a"}]}, "bad_request"),
+        (BODY | {"draft": ["a"]}, "unsupported"),
+        (BODY | {"context": [{"path": "b", "text": "c", "kind": "open"}]}, "unsupported"),
+        (BODY | {"think": True}, "unsupported"),
+    ],
+)
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_bad_request_is_a_400_with_a_code(
+    shared: LiveServer, body: object, code: str, is_streamed: bool
+) -> None:
+    if isinstance(body, dict) and is_streamed:
+        body = {"stream": True} | body
+    got = post(shared, body)
+    assert (got.status_code, error_of(got)["code"]) == (400, code)
+    assert shared.worker.jobs == []
+
+
+def test_an_unknown_key_is_named(shared: LiveServer) -> None:
+    got = error_of(post(shared, BODY | {"spans": [{"start": 0, "end": 0, "ned": 1}]}))
+    assert "spans.0.ned" in got["message"]
+
+
+def test_unserved_parts_that_ask_for_nothing_are_fine(server: LiveServer) -> None:
+    empty = {"pins": [], "context": None, "draft": [], "think": False}
+    assert post(server, BODY | empty).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"), [("GET", "/x", 404), ("GET", "/v1/infill", 405)]
+)
+def test_unknown_routes_answer_in_our_shape(
+    shared: LiveServer, method: str, path: str, status: int
+) -> None:
+    headers = {"Authorization": f"Bearer {shared.token}"}
+    got = httpx.request(method, shared.url + path, headers=headers)
+    assert got.status_code == status
+    error_of(got)
+
+
+def test_the_open_api_page_knows_the_request(shared: LiveServer) -> None:
+    headers = {"Authorization": f"Bearer {shared.token}"}
+    got = httpx.get(shared.url + "/openapi.json", headers=headers).json()
+    assert "InfillRequest" in got["components"]["schemas"]
+    assert httpx.get(shared.url + "/docs", headers=headers).status_code == 404
+
+
+def test_loading_is_a_503_that_says_when(tmp_path: Path) -> None:
+    with live_server(tmp_path / "state", FakeWorker(is_loading=True)) as server:
+        got = post(server, BODY)
+        assert (got.status_code, error_of(got)["code"]) == (503, "loading")
+        assert got.headers["retry-after"] == "1"
+        health = httpx.get(server.url + "/health")
+        assert (health.status_code, health.json()["state"]) == (503, "loading")
+        with server.client() as client:
+            with pytest.raises(ServerProblem, match="was not loaded"):
+                client.wait_ready(0)
+            server.worker.finish_loading()
+            client.wait_ready(5)
+        assert httpx.get(server.url + "/health").status_code == 200
+
+
+def test_a_model_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    with live_server(tmp_path / "state", FakeWorker(is_loading=True)) as server:
+        server.worker.finish_loading(errors.CheckpointMissing("no model folder at /m"))
+        got = post(server, BODY)
+        assert (got.status_code, error_of(got)["code"]) == (500, "checkpoint_missing")
+        with server.client() as client, pytest.raises(ServerProblem, match="no model folder"):
+            client.wait_ready(5)
+
+
+def test_a_full_queue_is_a_429(tmp_path: Path) -> None:
+    with live_server(tmp_path / "state", FakeWorker(capacity=0)) as server:
+        got = post(server, BODY)
+        assert (got.status_code, error_of(got)["code"]) == (429, "busy")
+        streamed = post(server, BODY | {"stream": True})
+        assert (streamed.status_code, error_of(streamed)["code"]) == (429, "busy")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (errors.NotEnoughMemory("full"), 500, "not_enough_memory"),
+        (errors.Unsupported("no"), 400, "unsupported"),
+        (ZeroDivisionError("source text"), 500, "internal"),
+    ],
+)
+def test_an_error_of_the_engine(
+    server: LiveServer, error: Exception, status: int, code: str
+) -> None:
+    server.worker.script = Script(error=error)  # type: ignore[arg-type]
+    got = post(server, BODY)
+    assert (got.status_code, error_of(got)["code"]) == (status, code)
+    assert "source text" not in got.text
+    with server.client() as client, pytest.raises(ServerProblem) as caught:
+        list(client.stream(asked()))
+    assert caught.value.code == code
+
+
+def test_a_stream_is_canvases_and_one_reply(server: LiveServer) -> None:
+    text = "x = '\u2028\r\n\N{GRINNING FACE}'"
+    server.worker.script = Script(texts=[text], drafts=["x", text])
+    got = post(server, BODY | {"stream": True})
+    assert got.headers["content-type"].startswith("text/event-stream")
+    frames = [
+        dict(line.split(": ", 1) for line in f.split("\n")) for f in got.text.split("\n\n")[:-1]
+    ]
+    assert [frame["event"] for frame in frames] == ["canvas", "canvas", "done"]
+    canvases = [json.loads(frame["data"]) for frame in frames[:2]]
+    assert canvases == [
+        {"id": "job-0", "seq": 0, "canvas": 0, "pass": 1, "spans": [{"text": "x", "settled": 1}]},
+        {
+            "id": "job-0",
+            "seq": 1,
+            "canvas": 0,
+            "pass": 2,
+            "spans": [{"text": text, "settled": len(text)}],
+        },
+    ]
+    assert json.loads(frames[2]["data"])["choices"][0]["spans"][0]["text"] == text
+
+
+def test_the_client_reads_a_stream(server: LiveServer) -> None:
+    with server.client() as client:
+        *canvases, reply = client.stream(asked())
+        assert isinstance(reply, wire.InfillReply)
+        assert [event.seq for event in canvases if isinstance(event, wire.CanvasEvent)] == [0, 1]
+        assert client.infill(asked()).choices == reply.choices
+
+
+def test_a_newer_request_of_the_document_supersedes(server: LiveServer) -> None:
+    server.worker.hold()
+    replies: list[wire.InfillReply] = []
+
+    def first() -> None:
+        with server.client() as client:
+            replies.append(client.infill(asked(document="d")))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    server.worker.wait_for(lambda: len(server.worker.jobs) == 1)
+    with server.client() as client:
+        stream = client.stream(asked(document="d"))
+        second = threading.Thread(target=lambda: replies.extend(list(stream)[-1:]))  # type: ignore[arg-type]
+        second.start()
+        thread.join()
+        assert (replies[0].reason, replies[0].choices) == ("superseded", [])
+        server.worker.release()
+        second.join()
+    assert replies[1].reason == "ok"
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_client_that_goes_away_cancels_its_job(server: LiveServer, is_streamed: bool) -> None:
+    """Long before the first byte of an answer, and with nothing being sent meanwhile."""
+    server.worker.hold()
+    where = urlsplit(server.url)
+    body = json.dumps(BODY | {"stream": is_streamed})
+    with socket.create_connection((where.hostname, where.port), timeout=20) as link:
+        link.sendall(
+            f"POST /v1/infill HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Length: {len(body)}\r\n"
+            f"Authorization: Bearer {server.token}\r\nContent-Type: application/json\r\n\r\n"
+            f"{body}".encode()
+        )
+        server.worker.wait_for(lambda: len(server.worker.jobs) == 1)
+        assert not server.worker.jobs[0].is_cancelled.is_set()
+    server.worker.wait_for(lambda: server.worker.stats()["cancelled"] == 1)
+    with server.client() as client:
+        server.worker.release()
+        assert client.infill(asked()).reason == "ok"
+
+
+def test_closing_a_stream_half_way_cancels_its_job(server: LiveServer) -> None:
+    server.worker.script = Script(pass_s=0.02, drafts=["a"] * 500)
+    with server.client() as client:
+        stream = client.stream(asked())
+        assert isinstance(next(stream), wire.CanvasEvent)
+        stream.close()  # type: ignore[attr-defined]
+    server.worker.wait_for(lambda: server.worker.stats()["cancelled"] == 1)
+
+
+def test_a_stopping_daemon_tells_its_clients(tmp_path: Path) -> None:
+    worker = FakeWorker()
+    worker.hold()
+    caught: list[ServerProblem] = []
+    waiting: list[threading.Thread] = []
+    with live_server(tmp_path / "state", worker) as server:
+
+        def ask(call: Any) -> None:
+            try:
+                call()
+            except ServerProblem as problem:
+                caught.append(problem)
+
+        clients = [server.client(), server.client()]
+        calls = [lambda: clients[0].infill(asked()), lambda: list(clients[1].stream(asked()))]
+        waiting = [threading.Thread(target=ask, args=(call,)) for call in calls]
+        for thread in waiting:
+            thread.start()
+        worker.wait_for(lambda: len(worker.jobs) == 2)
+    for thread in waiting:
+        thread.join()
+    for client in clients:
+        client.close()
+    assert [problem.code for problem in caught] == ["cancelled", "cancelled"]
+
+
+def test_stats_count_live_jobs(server: LiveServer) -> None:
+    server.worker.hold()
+    with server.client() as client:
+        assert client.stats()["live_jobs"] == 0
+        thread = threading.Thread(target=lambda: client.infill(asked()))
+        thread.start()
+        server.worker.wait_for(lambda: len(server.worker.jobs) == 1)
+        assert client.stats()["live_jobs"] == 1
+        server.worker.release()
+        thread.join()
+        assert client.stats()["live_jobs"] == 0
+        assert client.models()[0]["id"] == "fake"
