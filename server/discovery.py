@@ -26,6 +26,8 @@ from infilld.server.settings import Problem, Settings
 API = 1
 """Version of the shapes; daemons and clients with unequal numbers do not talk."""
 
+# -P: the folder we stand in must not shadow a package.
+COMMAND = (sys.executable, "-P", "-m", "infilld.server", "serve")
 _POLL_S = 0.02
 _HEALTH_TIMEOUT_S = 2.0
 _LOG_LIMIT_BYTES = 1 << 20
@@ -240,8 +242,7 @@ def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
     descriptor = os.open(settings.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as log:
         child = subprocess.Popen(
-            # -P: the folder we stand in must not shadow a package.
-            [sys.executable, "-P", "-m", "infilld.server", "serve", *settings.flags()],
+            [*COMMAND, *settings.flags()],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

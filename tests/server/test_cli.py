@@ -1,0 +1,234 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_worker import Script
+from live_server import LiveServer
+
+from infilld.server import cli, models
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "a.py"
+    path.write_text("def f():\n    \n")
+    return path
+
+
+def run(server: LiveServer, *words: object) -> int:
+    return cli.main([str(word) for word in words] + ["--state-dir", str(server.settings.state_dir)])
+
+
+def test_fill_prints_the_text_of_the_span(
+    server: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(server, "fill", path, "--at", "2:5", "--seed", 4, "--deadline-ms", 900) == 0
+    assert capfd.readouterr() == ("return 1", "")
+    assert path.read_text() == "def f():\n    \n"
+    request = server.worker.jobs[0].request
+    assert (request.spans[0].start, request.seed, request.deadline_ms) == (13, 4, 900)
+
+
+def test_fill_json_prints_the_reply(
+    server: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(server, "fill", path, "--at", "2:1", "--to", "2:5", "--json", "-n", 2) == 0
+    reply = json.loads(capfd.readouterr().out)
+    span = reply["choices"][0]["spans"][0]
+    assert (span["start"], span["end"], span["text"]) == (9, 13, "return 1")
+
+
+def test_fill_json_counts_in_the_whole_document(
+    server: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path.write_text("x = 1\n" * 20_000)
+    assert run(server, "fill", path, "--at", "20000:1", "--json") == 0
+    span = json.loads(capfd.readouterr().out)["choices"][0]["spans"][0]
+    assert span["start"] == span["end"] == 6 * 19_999
+    assert len(server.worker.jobs[0].request.text) <= 64_000 + 16_000
+
+
+def test_fill_shows_every_alternative(
+    server: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.worker.script = Script(texts=["one", "two"])
+    assert run(server, "fill", path, "--at", "2:5", "-n", 2) == 0
+    assert capfd.readouterr().out == "--- 1 of 2\none\n--- 2 of 2\ntwo\n"
+
+
+def test_fill_watch_shows_the_canvases_on_stderr(
+    server: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(server, "fill", path, "--at", "2:5", "--watch", "--write") == 0
+    out, err = capfd.readouterr()
+    assert out == "return 1"
+    assert err.splitlines() == [
+        "pass 1, settled 1: 'rxturn q'",
+        "pass 2, settled 7: 'return q'",
+    ]
+    assert path.read_text() == "def f():\n    return 1\n"
+
+
+def test_no_suggestion_is_exit_3_with_the_reason_on_stderr(
+    server: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.worker.script = Script(reason="empty", why="The model wrote no text.")
+    assert run(server, "fill", path, "--at", "2:5", "--write") == 3
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "(empty): The model wrote no text." in err
+    assert path.read_text() == "def f():\n    \n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--at", "2"],
+        ["--at", "2:x"],
+        ["--at", "2:6"],
+        ["--at", "4:1"],
+        ["--at", "2:5", "--to", "1:1"],
+        ["--at", "2:5", "-n", "0"],
+        ["--at", "2:5", "--port", "x"],
+        ["--at", "2:5", "--nonsense"],
+        [],
+    ],
+)
+def test_bad_usage_is_exit_2(
+    shared: LiveServer, path: Path, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = run(shared, "fill", path, *words)
+    except SystemExit as leaving:
+        code = int(str(leaving.code))
+    assert code == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err
+    assert shared.worker.jobs == []
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None])
+def test_a_document_that_cannot_be_read_is_exit_1(
+    shared: LiveServer, path: Path, content: bytes | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path.unlink() if content is None else path.write_bytes(content)
+    assert run(shared, "fill", path, "--at", "1:1", "--write") == 1
+    assert capfd.readouterr().err.startswith("infilld: ")
+    assert content is None or path.read_bytes() == content
+
+
+def test_a_document_that_changes_meanwhile_is_not_written(
+    server: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def script(_: object) -> Script:
+        path.write_text("typed meanwhile")
+        return Script()
+
+    server.worker.script = script
+    assert run(server, "fill", path, "--at", "2:5", "--write") == 1
+    assert path.read_text() == "typed meanwhile"
+
+
+def test_status_has_exactly_the_documented_keys(
+    server: LiveServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(server, "status", "--json") == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told.pop("pid") > 0
+    assert told == {
+        "state": "running",
+        "url": server.url,
+        "token_file": str(server.settings.token_file),
+        "model": "fake",
+        "device": "cpu",
+        "loaded": True,
+    }
+
+
+def test_status_while_loading(server: LiveServer, capfd: pytest.CaptureFixture[str]) -> None:
+    server.worker.state = "loading"
+    assert run(server, "status", "--json") == 0
+    told = json.loads(capfd.readouterr().out)
+    assert (told["state"], told["loaded"]) == ("running", False)
+
+
+def test_status_and_stop_without_a_daemon(
+    own_home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["status", "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    assert told == {
+        "state": "stopped",
+        "pid": None,
+        "url": None,
+        "token_file": str(own_home / "state" / "infilld" / "token"),
+        "model": "starter",
+        "device": "auto",
+        "loaded": False,
+    }
+    assert cli.main(["stop"]) == 0
+    assert cli.main(["logs"]) == 0
+
+
+def test_logs_prints_the_end(own_home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = own_home / "state" / "infilld" / "daemon.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("one\ntwo\nthree\n")
+    assert cli.main(["logs", "-n", "2"]) == 0
+    assert capfd.readouterr().out == "two\nthree\n"
+
+
+def test_a_bad_configuration_is_exit_2(own_home: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = own_home / "config" / "infilld" / "config.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text("prot = 1\n")
+    assert cli.main(["status"]) == 2
+    err = capfd.readouterr().err
+    assert "prot" in err
+    assert str(config) in err
+
+
+def test_models_list_marks_the_configured_one(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "list", "--json"]) == 0
+    (row,) = json.loads(capfd.readouterr().out)
+    assert (row["model"], row["configured"]) == ("starter", True)
+    assert cli.main(["models", "list", "--model", "/nowhere"]) == 0
+    assert "* /nowhere  no checkpoint there" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", 'model = "/m"\n'),
+        ("# mine\nport = 1\n", 'model = "/m"\n# mine\nport = 1\n'),
+        ('port = 1\nmodel = "old" # why\n', 'port = 1\nmodel = "/m"\n'),
+        ('port = 1\n[t]\nmodel = "x"\n', 'model = "/m"\nport = 1\n[t]\nmodel = "x"\n'),
+    ],
+)
+def test_using_a_model_changes_one_line(before: str, after: str) -> None:
+    assert models.with_model(before, "/m") == after
+
+
+def test_light_verbs_import_no_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+from infilld.server import cli
+for words in (["status"], ["stop"], ["logs"], ["models"], ["--help"], ["fill", "--help"]):
+    try:
+        cli.main(words)
+    except SystemExit:
+        pass
+heavy = {"torch", "numpy", "fastapi", "uvicorn", "rich"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_version(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["--version"])
+    assert leaving.value.code == 0
+    assert capfd.readouterr().out.startswith("infilld 0.")
