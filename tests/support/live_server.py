@@ -35,14 +35,13 @@ def live_server(
     """Serve a fake worker until the block ends."""
     fake = worker or FakeWorker()
     settings = Settings(state_dir=state_dir, port=0, auth=auth)
-    with _running(settings, fake):
-        found = discovery.find(settings)
-        assert found is not None
+    with serving(settings, fake) as found:
         yield LiveServer(settings, fake, found.url, found.token)
 
 
 @contextmanager
-def _running(settings: Settings, worker: Worker) -> Iterator[None]:
+def serving(settings: Settings, worker: Worker) -> Iterator[discovery.Daemon]:
+    """Serve any worker until the block ends."""
     listening = threading.Event()
     listeners: list[daemon.Listener] = []
     problems: list[BaseException] = []
@@ -65,7 +64,9 @@ def _running(settings: Settings, worker: Worker) -> Iterator[None]:
         thread.join()
         raise problems[0]
     try:
-        yield
+        found = discovery.find(settings)
+        assert found is not None
+        yield found
     finally:
         listeners[0].stop()
         thread.join()

@@ -1,0 +1,112 @@
+"""The real worker behind the real socket, on random weights: every route, none of the sense."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from live_server import serving
+from tiny_infill import tiny_infiller
+
+from infilld.engine import worker as worker_module
+from infilld.engine.worker import Worker
+from infilld.server import wire
+from infilld.server.client import Client, ServerProblem
+from infilld.server.settings import Settings
+
+PIECES = ["a", "é", "\r\n", "\n", "\N{GRINNING FACE}", "    ", "(", "\ufeff"]
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_module, "load_infiller", lambda folder, device: tiny_infiller())
+        wanted = Settings(state_dir=tmp_path_factory.mktemp("real") / "state", port=0)
+        with (
+            serving(wanted, Worker(Path("tiny"))) as found,
+            Client(found.url, found.token, timeout_s=60) as made,
+        ):
+            made.wait_ready(20)
+            yield made
+
+
+def asked(**more: object) -> wire.InfillRequest:
+    body = {"text": "x = \n", "spans": [{"start": 4, "end": 4}], "max_tokens": 6, "seed": 1}
+    return wire.InfillRequest.model_validate(body | more)
+
+
+def test_a_seed_gives_the_same_answer_again(client: Client) -> None:
+    first, second = client.infill(asked()), client.infill(asked())
+    assert first.choices == second.choices
+    assert (first.model, first.seed) == ("tiny", 1)
+    assert second.usage.cached_tokens > first.usage.cached_tokens == 0
+    assert first.timings.total_ms > 0
+
+
+def test_a_drawn_seed_is_returned(client: Client) -> None:
+    drawn = client.infill(asked(seed=None))
+    assert client.infill(asked(seed=drawn.seed)).choices == drawn.choices
+
+
+def test_a_stream_counts_its_canvases(client: Client) -> None:
+    *canvases, reply = client.stream(asked(max_tokens=30))
+    assert isinstance(reply, wire.InfillReply)
+    events = [event for event in canvases if isinstance(event, wire.CanvasEvent)]
+    assert [event.seq for event in events] == list(range(len(canvases)))
+    assert {event.id for event in events} == {reply.id}
+    for before, after in itertools.pairwise(events):
+        assert after.spans[0].settled >= before.spans[0].settled or after.revised
+    for event in events:
+        assert 0 <= event.spans[0].settled <= len(event.spans[0].text)
+    same = client.infill(asked(max_tokens=30))
+    assert same.choices == reply.choices
+
+
+def test_closing_the_stream_cancels(client: Client) -> None:
+    before = client.stats()["reasons"].get("cancelled", 0)
+    stream = client.stream(asked(max_tokens=120))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    # The next job of the one thread starts when the cancelled one has ended.
+    client.infill(asked(warm=True))
+    assert client.stats()["reasons"]["cancelled"] == before + 1
+
+
+def test_warm_only_encodes(client: Client) -> None:
+    reply = client.infill(asked(text="warm = 1\ny = \n", warm=True))
+    assert (reply.choices, reply.usage.passes) == ([], 0)
+    assert reply.usage.prompt_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"spans": [{"start": 0, "end": 0}, {"start": 4, "end": 4}]},
+        {"instruction": "shorten"},
+    ],
+    ids=["several spans", "instruction"],
+)
+def test_what_the_model_cannot_do_is_said(client: Client, more: dict[str, object]) -> None:
+    with pytest.raises(ServerProblem) as caught:
+        client.infill(asked(**more))
+    assert (caught.value.status, caught.value.code) == (400, "unsupported")
+    assert caught.value.remedy
+
+
+@settings(max_examples=25, deadline=None)
+@given(TEXTS, TEXTS, TEXTS, st.booleans())
+def test_bytes_outside_the_span_stay(
+    client: Client, before: str, inside: str, after: str, is_streamed: bool
+) -> None:
+    start, end = len(before), len(before + inside)
+    request = asked(text=before + inside + after, spans=[{"start": start, "end": end}])
+    reply = list(client.stream(request))[-1] if is_streamed else client.infill(request)
+    assert isinstance(reply, wire.InfillReply)
+    for choice in reply.choices:
+        (span,) = choice.spans
+        assert (span.start, span.end) == (start, end)
+        if "\r\n" in request.text:
+            assert "\n" not in span.text.replace("\r\n", "")
