@@ -62,7 +62,8 @@ class DiffusionGemma(nn.Module):
 
     def embed_belief(self, belief: Tensor) -> Tensor:
         """Expected embedding [..., D] under softmax(belief [..., V]); the softmax is float32."""
-        probabilities = belief.softmax(-1, dtype=torch.float32).to(self.dtype)
+        # The reference carries the logits from step to step in the weights' dtype.
+        probabilities = belief.to(self.dtype).softmax(-1, dtype=torch.float32).to(self.dtype)
         return probabilities @ self.embed_tokens.weight * self._embedding_scale()
 
     def logits(self, hidden: Tensor) -> Tensor:
