@@ -13,6 +13,8 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # transformers is only ever given local folders; this makes a mistake an error, not a download.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Triton 3.9 warns that its default will change; this is what every version up to it does.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 _XDG = ("CONFIG_HOME", "CACHE_HOME", "DATA_HOME", "STATE_HOME", "RUNTIME_DIR")
 _LOCAL_NAMES = ("", "localhost", "ip6-localhost")
