@@ -76,10 +76,12 @@ class FakeEditor:
     def notify(self, method: str, params: object) -> None:
         self.send({"jsonrpc": "2.0", "method": method, "params": params})
 
-    def reply(self, number: int | None) -> dict[str, Any]:
+    def reply(self, number: int | None, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         """The whole reply to a request."""
         return self.wait(
-            lambda m: "method" not in m and m.get("id") == number, f"the reply to request {number}"
+            lambda m: "method" not in m and m.get("id") == number,
+            f"the reply to request {number}",
+            timeout_s,
         )
 
     def call(self, method: str, params: object) -> Any:
@@ -87,12 +89,14 @@ class FakeEditor:
         assert "error" not in got, got
         return got["result"]
 
-    def wait(self, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+    def wait(
+        self, wanted: Callable[[dict[str, Any]], bool], what: str, timeout_s: float = TIMEOUT_S
+    ) -> dict[str, Any]:
         def find() -> dict[str, Any] | None:
             return next((m for m in self._messages if wanted(m)), None)
 
         with self._changed:
-            self._changed.wait_for(lambda: find() or self._is_over, TIMEOUT_S)
+            self._changed.wait_for(lambda: find() or self._is_over, timeout_s)
             found = find()
         assert found is not None, f"{what} never came; stderr: {self.stderr.decode()}"
         return found
@@ -124,9 +128,9 @@ class FakeEditor:
         self.notify("initialized", {})
         return result
 
-    def wait_state(self, state: str) -> dict[str, Any]:
+    def wait_state(self, state: str, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         """Ask for the status until the link to the daemon is in this state."""
-        until = time.monotonic() + TIMEOUT_S
+        until = time.monotonic() + timeout_s
         while (status := self.status())["state"] != state:
             assert time.monotonic() < until, f"never {state}: {status}"
         return status
