@@ -1,6 +1,7 @@
 """The application: routes over one worker, behind the guard."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -10,6 +11,8 @@ from fastapi import FastAPI
 from infilld.server import health, native, problems
 from infilld.server.guard import BODY_LIMIT_BYTES, Guard
 from infilld.server.jobs import Jobs, Worker
+
+CLOSE_WAIT_S = 5.0
 
 
 def create_app(
@@ -28,7 +31,7 @@ def create_app(
             yield
         finally:
             jobs.cancel_all()
-            await asyncio.to_thread(worker.close)
+            await _close(worker)
 
     app = FastAPI(
         title="infilld",
@@ -44,3 +47,10 @@ def create_app(
     app.include_router(health.router(jobs))
     app.add_middleware(Guard, token=token, limit_bytes=body_limit_bytes)
     return app
+
+
+async def _close(worker: Worker) -> None:
+    """Close the worker, but let no long load keep the daemon from ending."""
+    closing = threading.Thread(target=worker.close, daemon=True)
+    closing.start()
+    await asyncio.to_thread(closing.join, CLOSE_WAIT_S)

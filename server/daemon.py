@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 _LOCK_WAIT_S = 1.0
 _GRACE_S = 3
+# Longer than httpx keeps an idle connection (5 s): when both ends let go at one moment, a request
+# is lost.
+_KEEP_ALIVE_S = 75
 
 
 def serve(
@@ -90,6 +93,7 @@ class Listener(uvicorn.Server):
                 server_header=False,
                 ws="none",
                 timeout_graceful_shutdown=_GRACE_S,
+                timeout_keep_alive=_KEEP_ALIVE_S,
             )
         )
         self._app, self._on_listening = app, on_listening

@@ -50,6 +50,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     start, end = _span(document, options)
     window = document.window(start, end)
     request = _request(options, window)
+    _warn_of_vain_flags(options, settings)
     daemon = discovery.ensure(settings, START_S)
     with Client(daemon.url, daemon.token) as client:
         client.wait_ready(LOAD_S)
@@ -85,6 +86,17 @@ def _request(options: argparse.Namespace, window: Window) -> wire.InfillRequest:
         seed=options.seed,
         deadline_ms=options.deadline_ms,
     )
+
+
+def _warn_of_vain_flags(options: argparse.Namespace, settings: Settings) -> None:
+    names = ("model", "device", "host", "port", "auth", "log_level")
+    vain = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    pid = discovery.running_pid(settings) if vain else None
+    if pid is not None:
+        sys.stderr.write(
+            f"infilld: {', '.join(vain)} counts when the daemon starts, and one runs already "
+            f"(pid {pid}); `infilld stop` ends it\n"
+        )
 
 
 def _watched(client: Client, request: wire.InfillRequest) -> wire.InfillReply:

@@ -24,6 +24,10 @@ class Refused(Exception):
         self.status, self.content = status, problems.body(code, message, remedy)
 
 
+class ClientLeft(Exception):
+    """The connection closed before the body was complete."""
+
+
 class Guard:
     """Middleware that refuses requests before any of their body is parsed.
 
@@ -45,6 +49,8 @@ class Guard:
             self._check_head(scope)
             if scope["method"] not in ("GET", "HEAD"):
                 receive = _replay(await self._read_body(scope, receive), receive)
+        except ClientLeft:
+            return
         except Refused as refused:
             answer = problems.response(refused.status, refused.content)
             if refused.status == 401:
@@ -89,6 +95,8 @@ class Guard:
         length_bytes = 0
         while True:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
             chunks.append(message.get("body", b""))
             length_bytes += len(chunks[-1])
             if length_bytes > self._limit_bytes:

@@ -1,15 +1,18 @@
-"""What the daemon says about itself: `/health`, `/v1/models`, `/stats`."""
+"""What the daemon says about itself: `/health`, `/v1/models`, `/stats`, `/metrics`."""
 
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Literal, cast
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from infilld.server import wire
 from infilld.server.discovery import API
 from infilld.server.jobs import Jobs
+
+EXPOSITION = "text/plain; version=0.0.4"
 
 
 def router(jobs: Jobs) -> APIRouter:
@@ -31,9 +34,7 @@ def router(jobs: Jobs) -> APIRouter:
         entry = {"id": told["model"], "object": "model", "owned_by": "local", **told}
         return {"object": "list", "data": [entry]}
 
-    @routes.get("/stats")
-    async def stats() -> dict[str, object]:
-        """Counters since the start; no source text."""
+    def told() -> dict[str, object]:
         failure = jobs.worker.failure
         return {
             "state": jobs.worker.state,
@@ -43,4 +44,25 @@ def router(jobs: Jobs) -> APIRouter:
             **jobs.worker.stats(),
         }
 
+    @routes.get("/stats")
+    async def stats() -> dict[str, object]:
+        """Counters since the start; no source text."""
+        return told()
+
+    @routes.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> PlainTextResponse:
+        """The numbers of `/stats` for Prometheus."""
+        return PlainTextResponse(exposition(told()), media_type=EXPOSITION)
+
     return routes
+
+
+def exposition(stats: Mapping[str, object]) -> str:
+    """Numbers in Prometheus' text format; a mapping becomes one line a key, with a label."""
+    lines: list[str] = []
+    for name, value in stats.items():
+        if isinstance(value, Mapping):
+            lines += [f'infilld_{name}{{name="{key}"}} {count}' for key, count in value.items()]
+        elif isinstance(value, (int, float)):
+            lines.append(f"infilld_{name} {value}")
+    return "\n".join(lines) + "\n"

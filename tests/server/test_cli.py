@@ -1,4 +1,6 @@
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -232,3 +234,40 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
         cli.main(["--version"])
     assert leaving.value.code == 0
     assert capfd.readouterr().out.startswith("infilld 0.")
+
+
+def test_flags_that_come_too_late_are_said(
+    server: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(server, "fill", path, "--at", "2:5", "--device", "cuda") == 0
+    assert "--device counts when the daemon starts" in capfd.readouterr().err
+
+
+def test_watch_on_a_terminal_dims_what_is_not_settled(server: LiveServer, path: Path) -> None:
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-P", "-m", "infilld.server", "fill", str(path), "--at", "2:5"]
+    words += ["--watch", "--state-dir", str(server.settings.state_dir)]
+    done = subprocess.run(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+        check=True,
+    )
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as terminal:
+        seen = terminal.read1(1 << 16).decode()
+    assert done.stdout == b"return 1"
+    assert "r\x1b[2mxturn q\x1b[0m" in seen
+    assert "return \x1b[2mq\x1b[0m" in seen
+    assert "pass 2" in seen
+
+
+def test_doctor_says_ok_or_what_to_do(
+    server: LiveServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(server, "doctor", "--json", "--device", "cpu", "--model", tmp_path) == 1
+    checks = {check["name"]: check for check in json.loads(capfd.readouterr().out)}
+    assert [name for name, check in checks.items() if not check["ok"]] == ["model"]
+    assert server.url in checks["daemon and port"]["found"]
+    assert checks["model"]["remedy"]

@@ -13,7 +13,7 @@ from fake_worker import FakeWorker, Script
 from live_server import LiveServer, live_server
 
 from infilld.engine import errors
-from infilld.server import wire
+from infilld.server import app, health, wire
 from infilld.server.client import ServerProblem
 
 TEXT = "def f():\n    \n"
@@ -336,3 +336,40 @@ def test_stats_count_live_jobs(server: LiveServer) -> None:
         thread.join()
         assert client.stats()["live_jobs"] == 0
         assert client.models()[0]["id"] == "fake"
+
+
+def test_metrics_are_the_numbers_of_stats(shared: LiveServer) -> None:
+    headers = {"Authorization": f"Bearer {shared.token}"}
+    got = httpx.get(shared.url + "/metrics", headers=headers)
+    assert got.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = dict(line.split(" ") for line in got.text.splitlines())
+    assert lines["infilld_live_jobs"] == "0"
+    assert "infilld_state" not in lines
+    labelled = health.exposition({"reasons": {"ok": 2}, "p50_ms": 1.5, "failure": None})
+    assert labelled == 'infilld_reasons{name="ok"} 2\ninfilld_p50_ms 1.5\n'
+
+
+def test_a_load_that_takes_long_does_not_keep_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "CLOSE_WAIT_S", 0.05)
+    worker, still_loading = FakeWorker(), threading.Event()
+    monkeypatch.setattr(worker, "close", still_loading.wait)
+    with live_server(tmp_path / "state", worker):
+        pass
+    still_loading.set()
+
+
+@pytest.mark.parametrize("head", ["Content-Length: 500", "Transfer-Encoding: chunked"])
+def test_half_a_body_starts_nothing(server: LiveServer, head: str) -> None:
+    where = urlsplit(server.url)
+    body = json.dumps(BODY)
+    content = body if "Length" in head else f"{len(body):x}\r\n{body}\r\n"
+    with socket.create_connection((where.hostname, where.port), timeout=20) as link:
+        link.sendall(
+            f"POST /v1/infill HTTP/1.1\r\nHost: {where.netloc}\r\n{head}\r\n"
+            f"Authorization: Bearer {server.token}\r\nContent-Type: application/json\r\n\r\n"
+            f"{content}".encode()
+        )
+    with server.client() as client:
+        assert client.infill(asked()).id == "job-0"
