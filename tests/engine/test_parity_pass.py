@@ -16,7 +16,18 @@ from parity import (
     reference_logits,
     reference_pass,
 )
-from tiny_model import CHECKPOINTS, TAME, WIDE_HEADS, WILD, ours, random_tokens, reference
+from tiny_model import (
+    CHECKPOINTS,
+    TAME,
+    WIDE_HEADS,
+    WILD,
+    checkpoint,
+    ours,
+    random_tokens,
+    reference,
+)
+
+from infilld.engine.weights import load_model
 
 W, L = WILD.window, WILD.canvas_tokens
 PREFIXES = (1, W - 2, W - 1, W, W + 1, 2 * W + 3)
@@ -244,16 +255,11 @@ class TestLowPrecision:
 
     def test_belief_is_rounded_to_the_weights_precision(self) -> None:
         # `generate` casts the scaled logits before their softmax.
-        from infilld.engine.weights import load_model
-        from tiny_model import checkpoint
-
         model = load_model(checkpoint(TAME), dtype=torch.bfloat16)
         belief = torch.randn(1, 5, TAME.vocab_tokens) * 20
         assert torch.equal(model.embed_belief(belief), model.embed_belief(belief.bfloat16()))
 
     def test_error_is_within_the_references_own(self) -> None:
-        from infilld.engine.weights import load_model
-        from tiny_model import checkpoint
         from transformers import DiffusionGemmaForBlockDiffusion
 
         low = load_model(checkpoint(TAME), dtype=torch.bfloat16)

@@ -6,6 +6,7 @@ soon as the prefix reaches the window.
 
 import functools
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -174,7 +175,10 @@ class Recording:
 def reference_generate(model: Any, prompt: Tensor, seed: int, **options: Any) -> Tensor:
     """New tokens of `generate`."""
     torch.manual_seed(seed)
-    out = model.generate(input_ids=prompt[None], **options)
+    with warnings.catch_warnings():
+        # It imports parts of torch that warn of their own end.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        out = model.generate(input_ids=prompt[None], **options)
     tokens: Tensor = out.sequences[0, len(prompt) :]
     return tokens
 
