@@ -10,6 +10,7 @@ from infilld.server import discovery, wire
 from infilld.server.client import Client
 from infilld.server.document import Document, PositionProblem, Window
 from infilld.server.settings import Settings
+from infilld.server.watch import harmless, watch
 
 START_S = 60.0
 LOAD_S = 600.0
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     daemon = discovery.ensure(settings, START_S)
     with Client(daemon.url, daemon.token) as client:
         client.wait_ready(LOAD_S)
-        reply = _watched(client, request) if options.watch else client.infill(request)
+        reply = watch(client.stream(request)) if options.watch else client.infill(request)
     if options.json:
         sys.stdout.write(json.dumps(_moved(reply, window.at).model_dump(), indent=2) + "\n")
     if not reply.choices:
@@ -99,12 +100,6 @@ def _warn_of_vain_flags(options: argparse.Namespace, settings: Settings) -> None
         )
 
 
-def _watched(client: Client, request: wire.InfillRequest) -> wire.InfillReply:
-    from infilld.server.watch import watch
-
-    return watch(client.stream(request))
-
-
 def _moved(reply: wire.InfillReply, by: int) -> wire.InfillReply:
     """The reply with offsets of the whole document instead of the window."""
     if not by:
@@ -125,12 +120,12 @@ def _moved(reply: wire.InfillReply, by: int) -> wire.InfillReply:
 
 def _show(texts: list[str]) -> None:
     """Print one text as it is, or several with a line above each."""
+    is_terminal = sys.stdout.isatty()
     for number, text in enumerate(texts, start=1):
-        if len(texts) > 1:
-            sys.stdout.write(f"--- {number} of {len(texts)}\n")
-        # Bytes: a text stream would change line ends on some systems, and must not fail on any.
+        head = f"--- {number} of {len(texts)}\n" if len(texts) > 1 else ""
+        tail = "\n" if len(texts) > 1 or (is_terminal and not text.endswith("\n")) else ""
+        # A terminal is shown no commands; what is piped away is exact, to the byte.
+        shown = harmless(text.replace("\r\n", "\n")) if is_terminal else text
         sys.stdout.flush()
-        sys.stdout.buffer.write(text.encode())
-        if len(texts) > 1 or (sys.stdout.isatty() and not text.endswith("\n")):
-            sys.stdout.buffer.write(b"\n")
+        sys.stdout.buffer.write(f"{head}{shown}{tail}".encode())
     sys.stdout.flush()

@@ -17,6 +17,11 @@ def watch(stream: Stream) -> wire.InfillReply:
     return _live(stream) if sys.stderr.isatty() else _lines(stream)
 
 
+def harmless(text: str) -> str:
+    """Text of the same length whose control characters cannot command a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def _lines(stream: Stream) -> wire.InfillReply:
     for event in stream:
         if isinstance(event, wire.InfillReply):

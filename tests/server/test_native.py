@@ -141,7 +141,7 @@ def test_an_unknown_key_is_named(shared: LiveServer) -> None:
 
 
 def test_unserved_parts_that_ask_for_nothing_are_fine(server: LiveServer) -> None:
-    empty = {"pins": [], "context": None, "draft": [], "think": False}
+    empty: dict[str, object] = {"pins": [], "context": None, "draft": [], "think": False}
     assert post(server, BODY | empty).status_code == 200
 
 

@@ -11,7 +11,7 @@ from infilld.server import cli, daemon
 
 
 def main() -> int:
-    cli._make_worker = lambda wanted: FakeWorker()  # type: ignore[assignment]
+    cli._make_worker = lambda wanted: FakeWorker()
     publish = daemon._publish
 
     def announce(*told: object) -> None:
