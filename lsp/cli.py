@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The link to the daemon meets the same problem and tells the editor.
         sys.stderr.write(f"infilld-lsp: {problem} {problem.remedy}\n")
         settings = Settings(log_level=chosen.log_level or "info")
+    if sys.stdin.isatty():
+        sys.stderr.write("infilld-lsp speaks LSP on its pipes and is started by an editor.\n")
     _log_to(settings.state_dir / "lsp.log", settings.log_level)
     return _run(_take_stdout())
 

@@ -35,22 +35,22 @@ class DaemonLink:
     """Knows whether the daemon is there; hands out a client when its model is loaded.
 
     Lives on one event loop. `notify` is called with each new state and one sentence about it.
+    `may_start` says whether to start a daemon when none runs; else one is only looked for.
     """
 
     def __init__(self, notify: Callable[[State, str], None]) -> None:
         self._notify = notify
         self._search: asyncio.Task[None] | None = None
         self._client: AsyncClient | None = None
-        self._may_start = True
         self._failures = 0
         self._next_try_s = 0.0
+        self.may_start = True
         self.daemon: Daemon | None = None
         self.state: State = "stopped"
         self.why = "The daemon has not been looked for yet."
 
-    def begin(self, *, may_start: bool) -> None:
-        """Look for the daemon, and start it when none runs and `may_start` holds."""
-        self._may_start = may_start
+    def begin(self) -> None:
+        """Look for the daemon before the first request needs it."""
         self._look()
 
     async def client(self, wait_s: float) -> "AsyncClient | None":
@@ -109,7 +109,7 @@ class DaemonLink:
     async def _find(self) -> None:
         self._set("starting", "Looking for the daemon.")
         try:
-            found, client = await _in_thread(lambda: _connect(self._may_start))
+            found, client = await _in_thread(lambda: _connect(self.may_start))
             self.daemon, self._client = found, client
             self._set("loading", f"The daemon at {found.url} is loading its model.")
             await client.wait_ready(LOAD_WAIT_S)
@@ -118,7 +118,7 @@ class DaemonLink:
             self._failures += 1
             self._next_try_s = time.monotonic() + self._pause_s()
             remedy = getattr(problem, "remedy", "")
-            self._set("failed", f"{problem} {remedy}".strip())
+            self._set("failed", f"{str(problem).rstrip('.')}. {remedy}".strip())
             if not remedy:
                 log.exception("looking for the daemon failed")
         else:

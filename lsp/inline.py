@@ -121,42 +121,31 @@ class InlineCompletions:
         options = self.options
         deadline_ms = options.invoked_deadline_ms if is_invoked else options.automatic_deadline_ms
         wait_s = options.daemon_wait_ms / 1000 if is_invoked else 0.0
+        limit_s = wait_s + deadline_ms / 1000
+        until_s = time.monotonic() + limit_s
         try:
-            async with asyncio.timeout(wait_s + deadline_ms / 1000 + _GRACE_S):
-                return await self._ask_twice(gap, is_invoked, deadline_ms, wait_s)
+            async with asyncio.timeout(limit_s + _GRACE_S):
+                client = await self._link.client(wait_s)
+                reply = await self._send(client, gap, is_invoked, deadline_ms)
+                if reply is not None:
+                    return reply
+                # The daemon is gone, perhaps restarted: find it, and ask once more.
+                client = await self._link.client(max(0.0, until_s - time.monotonic()))
+                left_ms = max(1, round((until_s - time.monotonic()) * 1000))
+                reply = await self._send(client, gap, is_invoked, min(deadline_ms, left_ms))
+                return reply or Silence("no_daemon", self._link.why)
         except TimeoutError:
             return Silence("deadline", f"No answer within {deadline_ms} ms.")
 
-    async def _ask_twice(
-        self, gap: Gap, is_invoked: bool, deadline_ms: int, wait_s: float
-    ) -> "wire.InfillReply | Silence":
-        """Ask; when the daemon turns out to be gone, wait for the next one and ask once more."""
-        client = await self._link.client(wait_s)
+    async def _send(
+        self, client: "AsyncClient | None", gap: Gap, is_invoked: bool, deadline_ms: int
+    ) -> "wire.InfillReply | Silence | None":
+        """Ask the daemon; None when it turns out to be gone."""
         if client is None:
             return Silence("no_daemon", self._link.why)
         # Loaded by now, on the link's thread; at the top they would delay the start by 0.1 s.
-        from infilld.server.client import ServerProblem
-
-        try:
-            return await self._send(client, gap, is_invoked, deadline_ms)
-        except ServerProblem as problem:
-            if not _is_gone(problem):
-                return Silence(problem.code, problem.message)
-            self._link.lost(client, problem.message)
-        client = await self._link.client(wait_s or deadline_ms / 1000)
-        if client is None:
-            return Silence("no_daemon", self._link.why)
-        try:
-            return await self._send(client, gap, is_invoked, deadline_ms)
-        except ServerProblem as problem:
-            if _is_gone(problem):
-                self._link.lost(client, problem.message)
-            return Silence(problem.code, problem.message)
-
-    async def _send(
-        self, client: "AsyncClient", gap: Gap, is_invoked: bool, deadline_ms: int
-    ) -> "wire.InfillReply":
         from infilld.server import wire
+        from infilld.server.client import ServerProblem
 
         part = window(gap, self.options.before_chars, self.options.after_chars)
         request = wire.InfillRequest(
@@ -168,7 +157,15 @@ class InlineCompletions:
             n=self.options.alternatives if is_invoked else 1,
             deadline_ms=deadline_ms,
         )
-        reply = await client.infill(request)
+        try:
+            reply = await client.infill(request)
+        except ServerProblem as problem:
+            if not _is_gone(problem):
+                return Silence(problem.code, problem.message)
+            # What another program answered is not repeated: it may quote the document.
+            is_other = problem.code == "not_infilld"
+            self._link.lost(client, "its answers are not infilld's" if is_other else str(problem))
+            return None
         self._link.answered()
         return reply
 

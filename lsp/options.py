@@ -42,7 +42,8 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
 
 def parse_options(raw: object) -> tuple[Options, list[str]]:
     """Return the options and one sentence for each value that was replaced by its default."""
-    if raw is None:
+    # Lua writes an empty table as an empty list.
+    if raw is None or raw == []:
         return Options(), []
     if not isinstance(raw, Mapping):
         return Options(), [f"initializationOptions is {raw!r}, expected an object."]

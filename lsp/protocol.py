@@ -81,7 +81,8 @@ class BridgeProtocol(LanguageServerProtocol):
         """Answer a request with an error; drop a notification or a response."""
         is_message = isinstance(message, Mapping)
         method = message.get("method") if is_message else None
-        log.warning("refused %r: %s", method, problem.message)
+        is_news = not isinstance(problem, JsonRpcMethodNotFound)
+        log.log(logging.WARNING if is_news else logging.DEBUG, "refused %r: %s", method, problem)
         if is_message and ("id" not in message or "method" not in message):
             return
         number = message.get("id") if is_message else None

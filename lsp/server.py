@@ -53,6 +53,7 @@ def create_server() -> BridgeServer:
     server = BridgeServer()
     server.feature(types.INITIALIZE)(_initialize)
     server.feature(types.INITIALIZED)(_initialized)
+    server.feature(types.WORKSPACE_DID_CHANGE_WORKSPACE_FOLDERS)(_folders_changed)
     server.feature(types.SHUTDOWN)(_shutdown)
     server.feature(types.TEXT_DOCUMENT_INLINE_COMPLETION, types.InlineCompletionOptions())(
         _inline_completion
@@ -67,6 +68,7 @@ def _initialize(ls: BridgeServer, params: types.InitializeParams) -> None:
     folders = [folder.uri for folder in params.workspace_folders or []]
     ls.inline.roots = folders or [root for root in [params.root_uri] if root]
     ls.inline.options, ls.problems = parse_options(params.initialization_options)
+    ls.link.may_start = ls.inline.options.start_daemon
 
 
 def _initialized(ls: BridgeServer, params: types.InitializedParams) -> None:
@@ -75,7 +77,12 @@ def _initialized(ls: BridgeServer, params: types.InitializedParams) -> None:
         text = "infilld: " + " ".join(ls.problems)
         log.warning("%s", text)
         ls.window_show_message(types.ShowMessageParams(types.MessageType.Warning, text))
-    ls.link.begin(may_start=ls.inline.options.start_daemon)
+    ls.link.begin()
+
+
+def _folders_changed(ls: BridgeServer, params: types.DidChangeWorkspaceFoldersParams) -> None:
+    """Name documents by their new folders."""
+    ls.inline.roots = [folder.uri for folder in ls.workspace.folders.values()]
 
 
 async def _shutdown(ls: BridgeServer, params: None) -> None:

@@ -110,7 +110,7 @@ def test_a_model_that_cannot_be_loaded(start: Start, tmp_path: Path) -> None:
         editor.wait_state("loading")
         worker.finish_loading(CheckpointMissing("no config.json"))
         status = editor.wait_state("failed")
-        assert "could not be loaded" in status["why"]
+        assert "no config.json" in status["why"]
         assert editor.items(URI, 0, 4) == []
 
 
@@ -156,6 +156,32 @@ def test_a_newer_request_ends_the_wait_for_the_daemon(start: Start, tmp_path: Pa
         assert editor.reply(newer)["result"]["items"] == FILLED
 
 
+def test_documents_are_named_below_their_folder(start: Start, tmp_path: Path) -> None:
+    with live_server(tmp_path / "state") as live:
+        editor = start(automaticDeadlineMs=20_000)
+        editor.wait_state("ready")
+        documents = ["file:///one/a%20b.py", "file:///two/deep/c.py", "untitled:Untitled-1"]
+        for uri in documents:
+            editor.open(uri, "x = ")
+        folders = {"added": [{"uri": "file:///one", "name": "one"}], "removed": []}
+        editor.notify("workspace/didChangeWorkspaceFolders", {"event": folders})
+        for uri in documents:
+            assert editor.items(uri, 0, 4)
+        assert [job.request.path for job in live.worker.jobs] == ["a b.py", "c.py", None]
+
+
+def test_the_daemon_is_looked_for_even_without_initialized(tmp_path: Path) -> None:
+    with (
+        live_server(tmp_path / "state"),
+        FakeEditor(
+            tmp_path, state_dir=tmp_path / "state", options={"startDaemon": False}
+        ) as editor,
+    ):
+        editor.call("initialize", {"processId": None, "rootUri": None, "capabilities": {}})
+        editor.open(URI, "x = \n")
+        assert editor.items(URI, 0, 4, INVOKED) == FILLED
+
+
 def test_wrong_settings_are_named(start: Start) -> None:
     editor = start(environ={"INFILLD_COLOUR": "red"})
     status = editor.wait_state("failed")
@@ -180,6 +206,7 @@ def test_two_editors_share_a_daemon_and_do_not_supersede(start: Start, tmp_path:
     [
         (None, Options(), []),
         ({}, Options(), []),
+        ([], Options(), []),
         (
             {"alternatives": 1, "startDaemon": False},
             Options(alternatives=1, start_daemon=False),

@@ -243,7 +243,7 @@ def apply_item(text: str, item: dict[str, Any], encoding: str) -> str:
         return start + len(_encoded(text[start:], encoding)[:units].decode(_codec(encoding)))
 
     start, end = offset(item["range"]["start"]), offset(item["range"]["end"])
-    return text[:start] + item["insertText"] + text[end:]
+    return f"{text[:start]}{item['insertText']}{text[end:]}"
 
 
 def _codec(encoding: str) -> str:
