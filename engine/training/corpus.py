@@ -1,0 +1,222 @@
+"""Python source that is on the machine: collected, deduplicated, split into training and held out.
+
+Only what may be used is taken: the standard library and installed packages under permissive
+licences, as their metadata says. Whole packages are held out, so that no file of a held-out
+project was seen.
+"""
+
+import hashlib
+import json
+import re
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+
+MAX_FILE_BYTES = 100_000
+MIN_FILE_BYTES = 200
+# A file that mostly holds digits is a table, not a program.
+_MAX_DIGIT_SHARE = 0.2
+# Lines of a file that were seen elsewhere, at most; above it the file is a copy.
+_MAX_SEEN_SHARE = 0.6
+# Vendored copies would bring held-out packages in by the back door.
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "testing",
+    "idlelib",
+    "__pycache__",
+    "site-packages",
+    "_vendor",
+    "vendor",
+}
+
+_PERMISSIVE = re.compile(
+    r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|Zlib|Unlicense|0BSD|HPND)\b", re.I
+)
+_COPYLEFT = re.compile(r"\b(A?L?GPL|GNU|MPL|EUPL|Commons|Proprietary|NVIDIA)\b", re.I)
+
+# Chosen by name before anything was trained: small, ordinary, each of another kind.
+HELD_OUT = frozenset({"asyncio", "email", "json", "httpx", "pytest", "pygls", "fastapi"})
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of the corpus; `package` is the top-level name it belongs to."""
+
+    package: str
+    path: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a package gave: name, version, licence, files, characters; whether it was held out."""
+
+    name: str
+    version: str
+    licence: str
+    files: int
+    chars: int
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training files, held-out files, and the packages they come from."""
+
+    training: list[SourceFile]
+    held_out: list[SourceFile]
+    packages: list[Package]
+
+
+def collect_installed() -> Corpus:
+    """The standard library and the permissively licensed packages of this environment."""
+    found = [("stdlib", sys.version.split()[0], "PSF-2.0", _standard_library())]
+    for distribution in sorted(distributions(), key=lambda d: d.name.lower()):
+        licence = licence_of(distribution)
+        if licence is not None and distribution.name != "infilld":
+            found.append((distribution.name, distribution.version, licence, _files(distribution)))
+    return _assemble(found)
+
+
+def collect_folders(folders: Iterable[Path], held_out_share: float = 0.05) -> Corpus:
+    """Every Python file below some folders; a share of them, chosen by hash, is held out.
+
+    Raises:
+        FileNotFoundError: a folder does not exist, or there is no Python file in any.
+    """
+    files: list[SourceFile] = []
+    for folder in folders:
+        if not folder.exists():
+            raise FileNotFoundError(f"no folder {folder}")
+        paths = [folder] if folder.is_file() else sorted(folder.rglob("*.py"))
+        files += [SourceFile(folder.name, str(p), t) for p in paths if (t := _read(p)) is not None]
+    files = list(deduplicated(files))
+    if not files:
+        raise FileNotFoundError(f"no usable Python file in {', '.join(map(str, folders))}")
+    training = [file for file in files if _fraction(file.path) >= held_out_share] or files
+    held = [file for file in files if _fraction(file.path) < held_out_share]
+    chars = sum(len(file.text) for file in files)
+    return Corpus(training, held, [Package("own sources", "", "", len(files), chars, False)])
+
+
+def licence_of(distribution: Distribution) -> str | None:
+    """The licence a distribution names, if it is permissive and nothing else."""
+    fields = distribution.metadata
+    named = [fields.get("License-Expression") or "", (fields.get("License") or "")[:200]]
+    named += [c for c in fields.get_all("Classifier") or [] if c.startswith("License")]
+    text = " | ".join(part for part in named if part)
+    if not _PERMISSIVE.search(text) or _COPYLEFT.search(text):
+        return None
+    short = named[0] or next((part for part in named[1:] if part), "")
+    return short.rpartition(":: ")[2].splitlines()[0][:60]
+
+
+def deduplicated(files: Iterable[SourceFile]) -> Iterator[SourceFile]:
+    """Files that are no copy, nor nearly one, of an earlier file."""
+    seen_files: set[bytes] = set()
+    seen_lines: set[int] = set()
+    for file in files:
+        digest = hashlib.sha256(file.text.encode()).digest()
+        lines = {hash(line) for raw in file.text.splitlines() if len(line := raw.strip()) > 20}
+        copied = len(lines & seen_lines) / max(1, len(lines))
+        if digest in seen_files or copied > _MAX_SEEN_SHARE:
+            continue
+        seen_files.add(digest)
+        seen_lines |= lines
+        yield file
+
+
+def save(corpus: Corpus, folder: Path) -> None:
+    """Write the corpus as two JSON-lines files and a list of packages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, files in (("training", corpus.training), ("held_out", corpus.held_out)):
+        lines = "".join(json.dumps(asdict(file)) + "\n" for file in files)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    packages = [asdict(package) for package in corpus.packages]
+    (folder / "packages.json").write_text(json.dumps(packages, indent=1), encoding="utf-8")
+
+
+def load(folder: Path) -> Corpus:
+    """Read what `save` wrote."""
+    parts = []
+    for name in ("training", "held_out"):
+        with (folder / f"{name}.jsonl").open(encoding="utf-8") as lines:
+            parts.append([SourceFile(**json.loads(line)) for line in lines])
+    packages = json.loads((folder / "packages.json").read_text(encoding="utf-8"))
+    return Corpus(parts[0], parts[1], [Package(**package) for package in packages])
+
+
+def _assemble(found: list[tuple[str, str, str, list[tuple[str, Path]]]]) -> Corpus:
+    files: list[SourceFile] = []
+    about: dict[str, tuple[str, str]] = {}
+    for name, version, licence, paths in found:
+        about[name] = (version, licence)
+        for top, path in paths:
+            text = _read(path)
+            if text is not None:
+                # Remember the distribution, and the top-level name that may be held out.
+                files.append(SourceFile(f"{name}/{top}", str(path), text))
+    kept = list(deduplicated(files))
+    held = [file for file in kept if file.package.rpartition("/")[2] in HELD_OUT]
+    training = [file for file in kept if file.package.rpartition("/")[2] not in HELD_OUT]
+    packages = []
+    for group, is_held in ((training, False), (held, True)):
+        counts = Counter(_named(file, is_held) for file in group)
+        chars: Counter[str] = Counter()
+        for file in group:
+            chars[_named(file, is_held)] += len(file.text)
+        for label in sorted(counts):
+            version, licence = about[label.partition("/")[0]]
+            packages.append(Package(label, version, licence, counts[label], chars[label], is_held))
+    return Corpus(training, held, packages)
+
+
+def _named(file: SourceFile, held_out: bool) -> str:
+    return file.package if held_out else file.package.partition("/")[0]
+
+
+def _standard_library() -> list[tuple[str, Path]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return [
+        (_top(path.relative_to(root)), path)
+        for path in sorted(root.rglob("*.py"))
+        if not _SKIPPED_FOLDERS & set(path.relative_to(root).parts)
+    ]
+
+
+def _files(distribution: Distribution) -> list[tuple[str, Path]]:
+    listed = sorted(distribution.files or [], key=str)
+    return [
+        (_top(Path(str(path))), Path(str(distribution.locate_file(path))))
+        for path in listed
+        if path.suffix == ".py" and not _SKIPPED_FOLDERS & set(path.parts) and path.parts[0] != ".."
+    ]
+
+
+def _top(path: Path) -> str:
+    return path.parts[0].removesuffix(".py").lstrip("_")
+
+
+def _read(path: Path) -> str | None:
+    """The text of a usable file; None for one that is too long, too short, or not source."""
+    try:
+        if not MIN_FILE_BYTES <= path.stat().st_size <= MAX_FILE_BYTES:
+            return None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
+        return None
+    text = text.replace("\r\n", "\n")
+    if "\r" in text or "\0" in text or max(map(len, text.splitlines()), default=0) > 1000:
+        return None
+    if sum(map(str.isdigit, text)) > _MAX_DIGIT_SHARE * len(text):
+        return None
+    return text
+
+
+def _fraction(key: str) -> float:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32

@@ -1,0 +1,200 @@
+"""Training examples: one causal sequence with several canvases hanging on it.
+
+    encoder  <bos> [<|fim_suffix|> S <|fim_prefix|>] piece 0 | piece 1 | piece 2 …
+    canvas i                                               ▲ cut i: [ middle, fillers | head ]
+
+Text is cut at random characters and each piece tokenized alone, because that is how a prefix ends
+under a cursor. A canvas continues at its cut: its positions follow the encoder tokens before it,
+and it may see those alone.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from infilld.engine.prompt import Controls
+from infilld.engine.tokenizer import Tokenizer
+
+# Label of a position that is not scored.
+IGNORED = -100
+_SEQUENCES_WITH_SUFFIX = 0.5
+_HEAD_TOKENS = (2, 12)
+_MIDDLES = (("rest_of_line", 0.4), ("line", 0.2), ("lines", 0.2), ("chars", 0.2))
+_TRIES = 20
+# Texts from which the characters of a token are measured.
+_MEASURED_TEXTS = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleShape:
+    """Sizes of a batch.
+
+    Attributes:
+        sequences: B. encoder_tokens: N. canvases: C for each sequence.
+        gap_tokens: length of every gap; canvas_tokens: gap plus the longest head.
+        suffix_tokens: longest suffix in the prompt.
+    """
+
+    sequences: int
+    encoder_tokens: int
+    canvases: int
+    gap_tokens: int
+    suffix_tokens: int = 64
+
+    @property
+    def canvas_tokens(self) -> int:
+        """Length of a canvas row, L."""
+        return self.gap_tokens + _HEAD_TOKENS[1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, clean.
+
+    Attributes:
+        encoder: [B, N] int64, pad at the end. encoder_labels: next tokens [B, N], or IGNORED.
+        canvas: [B, C, L] int64, pad at the end. starts: [B, C] encoder tokens each may see.
+        gap: [B, C, L] bool. head: [B, C, L] bool; what is neither is padding.
+    """
+
+    encoder: Tensor
+    encoder_labels: Tensor
+    canvas: Tensor
+    starts: Tensor
+    gap: Tensor
+    head: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch elsewhere."""
+        return Batch(
+            *(getattr(self, name).to(device, non_blocking=True) for name in self.__annotations__)
+        )
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A span `[start, end)` of a text, in characters, to be filled."""
+
+    start: int
+    end: int
+
+
+def choose_cut(text: str, rng: random.Random) -> Cut:
+    """A random span of one of the usual kinds: rest of line, line, several lines, characters."""
+    kind = rng.choices([k for k, _ in _MIDDLES], [w for _, w in _MIDDLES])[0]
+    at = rng.randrange(len(text))
+    line_start, line_end = text.rfind("\n", 0, at) + 1, text.find("\n", at)
+    line_end = len(text) if line_end < 0 else line_end
+    if kind == "chars":
+        return Cut(at, min(len(text), at + rng.randint(1, 40)))
+    if kind == "rest_of_line":
+        return Cut(at, line_end)
+    # The cursor stands behind the indent, where an editor puts it.
+    start = line_start + len(text[line_start:line_end]) - len(text[line_start:line_end].lstrip())
+    for _ in range(rng.randint(1, 3) if kind == "lines" else 0):
+        following = text.find("\n", line_end + 1)
+        line_end = len(text) if following < 0 else following
+    return Cut(start, line_end)
+
+
+class ExampleBuilder:
+    """Makes batches from texts, one random stream for each seed.
+
+    Args:
+        texts: training files. tokenizer: vocabulary. controls: its control tokens.
+        seed: of the stream.
+    """
+
+    def __init__(
+        self, texts: Sequence[str], tokenizer: Tokenizer, controls: Controls, seed: int
+    ) -> None:
+        if not texts:
+            raise ValueError("no text to make examples from")
+        self._texts, self._tokenizer, self._controls = texts, tokenizer, controls
+        self._rng = random.Random(seed)
+        self._sizes = [len(text) for text in texts]
+        sample = "".join(text[:4000] for text in self._rng.choices(texts, k=_MEASURED_TEXTS))
+        # A window is cut so that it just fills the encoder.
+        self._chars_per_token = 0.95 * len(sample) / max(1, len(tokenizer.encode(sample)))
+
+    def batch(self, shape: ExampleShape) -> Batch:
+        """A random batch."""
+        rows = [self._sequence(shape) for _ in range(shape.sequences)]
+        encoder = torch.zeros(shape.sequences, shape.encoder_tokens, dtype=torch.int64)
+        labels = torch.full_like(encoder, IGNORED)
+        size = (shape.sequences, shape.canvases, shape.canvas_tokens)
+        canvas = torch.zeros(size, dtype=torch.int64)
+        gap, head = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
+        starts = torch.ones(size[:2], dtype=torch.int64)
+        for b, (ids, canvases) in enumerate(rows):
+            encoder[b, : len(ids)] = torch.tensor(ids)
+            labels[b, : len(ids) - 1] = torch.tensor(ids[1:])
+            for c, (start, middle, after) in enumerate(canvases):
+                starts[b, c] = start
+                filled = middle + [self._controls.filler] * (shape.gap_tokens - len(middle))
+                canvas[b, c, : shape.gap_tokens] = torch.tensor(filled)
+                gap[b, c, : shape.gap_tokens] = True
+                end = shape.gap_tokens + len(after)
+                canvas[b, c, shape.gap_tokens : end] = torch.tensor(after, dtype=torch.int64)
+                head[b, c, shape.gap_tokens : end] = True
+        return Batch(encoder, labels, canvas, starts, gap, head)
+
+    def _sequence(
+        self, shape: ExampleShape
+    ) -> tuple[list[int], list[tuple[int, list[int], list[int]]]]:
+        """Encoder ids, and for each canvas its start, middle and head ids."""
+        text, rest = self._window(shape)
+        cuts = self._cuts(text, rest, shape)
+        controls, encode = self._controls, self._tokenizer.encode
+        ids = [controls.bos]
+        if self._rng.random() < _SEQUENCES_WITH_SUFFIX:
+            after = (text + rest)[cuts[-1].end :] if cuts else rest
+            suffix = encode(after[: 6 * shape.suffix_tokens])
+            suffix = suffix[: self._rng.randint(0, shape.suffix_tokens)]
+            ids = controls.arrange(suffix, ())
+        canvases = []
+        done = 0
+        for cut in cuts:
+            ids += encode(text[done : cut.start])
+            done = cut.start
+            if len(ids) >= shape.encoder_tokens:
+                break
+            canvases.append((len(ids), *self._middle_and_head(text + rest, cut, shape)))
+        else:
+            ids += encode(text[done:])
+        return ids[: shape.encoder_tokens], canvases
+
+    def _window(self, shape: ExampleShape) -> tuple[str, str]:
+        """Text for the encoder, and what follows it."""
+        text = self._rng.choices(self._texts, self._sizes)[0]
+        length = int(shape.encoder_tokens * self._chars_per_token)
+        start = self._rng.randrange(max(1, len(text) - length // 2))
+        start = text.rfind("\n", 0, start) + 1
+        return text[start : start + length], text[start + length : start + 2 * length]
+
+    def _cuts(self, text: str, rest: str, shape: ExampleShape) -> list[Cut]:
+        cuts: list[Cut] = []
+        for _ in range(_TRIES * shape.canvases):
+            if len(cuts) == shape.canvases:
+                break
+            cut = choose_cut(text, self._rng)
+            if cut.start == cut.end:
+                # An empty middle teaches silence, but a few are enough.
+                if self._rng.random() < 0.1:
+                    cuts.append(cut)
+            elif len(self._tokenizer.encode(text[cut.start : cut.end])) <= shape.gap_tokens:
+                cuts.append(cut)
+        return sorted(cuts, key=lambda cut: cut.start)
+
+    def _middle_and_head(
+        self, text: str, cut: Cut, shape: ExampleShape
+    ) -> tuple[list[int], list[int]]:
+        middle = self._tokenizer.encode(text[cut.start : cut.end])[: shape.gap_tokens]
+        wanted = self._rng.randint(*_HEAD_TOKENS)
+        head = self._tokenizer.encode(text[cut.end : cut.end + 8 * wanted])
+        if cut.end + 8 * wanted >= len(text):
+            head = [*head, self._controls.eos]
+        return middle, head[:wanted]

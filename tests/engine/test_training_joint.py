@@ -1,0 +1,106 @@
+"""The joint training pass computes what the engine computes, and leaks nothing."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_infill import byte_tokenizer, tiny_config, tiny_model
+
+from infilld.engine.prompt import Controls
+from infilld.engine.training.examples import Batch, ExampleBuilder, ExampleShape
+from infilld.engine.training.joint import JointPass, canvas_mask, corrupt
+
+TOKENIZER = byte_tokenizer()
+CONTROLS = Controls.of(TOKENIZER)
+assert CONTROLS is not None
+TEXTS = [
+    "".join(f"def f{n}(a, b):\n    return a + {n} * b\n\n\n" for n in range(30)),
+    "# \U0001f600 é\r\n" * 40,
+]
+SHAPE = ExampleShape(sequences=3, encoder_tokens=256, canvases=4, gap_tokens=24, suffix_tokens=16)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return ExampleBuilder(TEXTS, TOKENIZER, CONTROLS, seed=3).batch(SHAPE)
+
+
+def joint_logits(batch: Batch, canvas: torch.Tensor, belief: torch.Tensor | None) -> torch.Tensor:
+    model = tiny_model(tiny_config(TOKENIZER.vocab_tokens))
+    run = JointPass(model, torch.Generator())
+    keys: list[tuple[torch.Tensor, torch.Tensor]] = []
+    run._encode(batch, keys)
+    signal = None if belief is None else model.embed_belief(belief)
+    attend, positions = run._attend_canvas(batch, keys), run._positions(batch)
+    hidden = run._denoise(canvas.flatten(1), signal, attend, positions)
+    return model.logits(hidden).view(*canvas.shape, -1)
+
+
+def test_a_canvas_gets_the_logits_the_engine_would_give_it(batch: Batch) -> None:
+    canvas = corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
+    first = joint_logits(batch, canvas, None)
+    second = joint_logits(batch, canvas, first.flatten(1, 2))
+    model = tiny_model(tiny_config(TOKENIZER.vocab_tokens))
+    for b, c in [(0, 0), (1, 1), (2, 2)]:
+        used = int((batch.gap | batch.head)[b, c].sum())
+        cache = model.new_cache()
+        model.encode(batch.encoder[b, : batch.starts[b, c]], cache)
+        row = canvas[b, c, None, :used]
+        alone = model.denoise(row, cache, None)
+        torch.testing.assert_close(alone[0], first[b, c, :used], atol=2e-5, rtol=1e-4)
+        again = model.denoise(row, cache, alone)
+        torch.testing.assert_close(again[0], second[b, c, :used], atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_at_or_after_a_cut_reaches_its_canvas(batch: Batch) -> None:
+    canvas = corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
+    before = joint_logits(batch, canvas, None)
+    encoder = batch.encoder.clone()
+    start = int(batch.starts[0, 1])
+    encoder[0, start:] = 100
+    after = joint_logits(dataclasses.replace(batch, encoder=encoder), canvas, None)
+    assert torch.equal(before[0, :2], after[0, :2])
+    # The test can fail: one token earlier does reach it.
+    encoder[0, start - 1] = 101
+    reached = joint_logits(dataclasses.replace(batch, encoder=encoder), canvas, None)
+    assert not torch.equal(before[0, 1], reached[0, 1])
+
+
+def test_a_canvas_does_not_see_its_neighbours(batch: Batch) -> None:
+    canvas = corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
+    other = canvas.clone()
+    other[:, 1] = 77
+    before, after = joint_logits(batch, canvas, None), joint_logits(batch, other, None)
+    assert torch.equal(before[:, [0, 2, 3]], after[:, [0, 2, 3]])
+    assert not torch.equal(before[:, 1], after[:, 1])
+
+
+def test_noise_falls_on_gaps_alone(batch: Batch) -> None:
+    noised = corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
+    changed = noised != batch.canvas
+    assert not (changed & ~batch.gap).any()
+    rates = changed.sum(-1) / batch.gap.sum(-1).clamp(min=1)
+    assert rates.max() > 0.9 > rates.min()
+
+
+def test_no_row_of_the_mask_is_empty(batch: Batch) -> None:
+    for window in (None, 16):
+        assert canvas_mask(batch, window).any(-1).all()
+
+
+def test_examples_are_text_in_order(batch: Batch) -> None:
+    for b in range(SHAPE.sequences):
+        for c in range(SHAPE.canvases):
+            if not batch.gap[b, c].any():
+                continue
+            gap = batch.canvas[b, c][batch.gap[b, c]].tolist()
+            middle = [token for token in gap if token != CONTROLS.filler]
+            assert gap == middle + [CONTROLS.filler] * (len(gap) - len(middle))
+            head = batch.canvas[b, c][batch.head[b, c]].tolist()
+            body = [token for token in head if token != CONTROLS.eos]
+            prefix = batch.encoder[b, : batch.starts[b, c]].tolist()
+            if CONTROLS.prefix_mark in prefix:
+                prefix = prefix[prefix.index(CONTROLS.prefix_mark) :]
+            joined = TOKENIZER.decode([*prefix[-12:], *middle, *body])
+            assert any(joined in text.encode() for text in TEXTS), joined
+            assert body == head or head[-1] == CONTROLS.eos
