@@ -106,6 +106,7 @@ class Jobs:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
+        self.model = str(worker.describe()["model"])
         self._live: set[LiveJob] = set()
 
     def __len__(self) -> int:

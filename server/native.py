@@ -29,7 +29,7 @@ def router(jobs: Jobs) -> APIRouter:
             job = jobs.submit(wanted, with_canvases=True)
             return _Stream(jobs, job)
         result = await _run(jobs, wanted, request)
-        return JSONResponse(_reply(jobs, result).model_dump())
+        return JSONResponse(to_reply(result, jobs.model).model_dump())
 
     return routes
 
@@ -53,7 +53,7 @@ async def _events(jobs: Jobs, job: LiveJob) -> AsyncIterator[bytes]:
         async for update in job.canvases():
             event = to_event(job.id, update)
             yield sse.frame("canvas", event.model_dump(by_alias=True, exclude_defaults=True))
-        yield sse.frame("done", _reply(jobs, await job.result()).model_dump())
+        yield sse.frame("done", to_reply(await job.result(), jobs.model).model_dump())
     except InfilldError as error:
         yield sse.frame("error", problems.body_of(error))
     except Exception:
@@ -80,7 +80,3 @@ async def _until_gone(request: Request) -> None:
     # The body has been read; the next message says that the connection closed.
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _reply(jobs: Jobs, result: InfillResult) -> wire.InfillReply:
-    return to_reply(result, str(jobs.worker.describe()["model"]))
