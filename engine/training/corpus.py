@@ -107,7 +107,8 @@ def collect_folders(folders: Iterable[Path], held_out_share: float = 0.05) -> Co
 def licence_of(distribution: Distribution) -> str | None:
     """The licence a distribution names, if it is permissive and nothing else."""
     fields = distribution.metadata
-    named = [fields.get("License-Expression") or "", (fields.get("License") or "")[:200]]
+    named = [*(fields.get_all("License-Expression") or [""])]
+    named += [value[:200] for value in fields.get_all("License") or []]
     named += [c for c in fields.get_all("Classifier") or [] if c.startswith("License")]
     text = " | ".join(part for part in named if part)
     if not _PERMISSIVE.search(text) or _COPYLEFT.search(text):

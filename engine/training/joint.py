@@ -14,10 +14,14 @@ from infilld.engine.config import LayerKind
 from infilld.engine.layers import Attend, Rotary
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.training.examples import IGNORED, Batch
+from infilld.engine.training.head import believed_embedding, head_loss
 
 # Positions that are given count a little, so that their belief stays meaningful.
 _HEAD_WEIGHT = 0.1
+# Fillers far behind the end of a fill are many and easy.
+_SPARE_WEIGHT = 0.2
 _FULL_NOISE = 0.3
+_TEMPERATURES = (0.4, 1.0)
 
 
 @dataclass(frozen=True)
@@ -91,30 +95,50 @@ class JointPass:
             batch: clean examples.
             self_condition: first run a pass without gradient, and give its belief to the second.
         """
-        model, config = self.model, self.model.config
+        config = self.model.config
         keys: list[tuple[Tensor, Tensor]] = []
-        hidden = self._encode(batch, keys)
-        encoder_loss = F.cross_entropy(
-            model.logits(hidden).flatten(0, 1),
-            batch.encoder_labels.flatten(),
-            ignore_index=IGNORED,
-        )
-        noised = corrupt(batch, config.vocab_tokens, self.generator).flatten(1)
+        encoder_loss = self._causal_loss(self._encode(batch, keys), batch)
+        noised = corrupt(batch, config.vocab_tokens, self.generator)
         attend, positions = self._attend_canvas(batch, keys), self._positions(batch)
         signal = None
         if self_condition:
             with torch.no_grad():
-                belief = model.logits(self._denoise(noised, None, attend, positions))
-                signal = model.embed_belief(belief)
-        logits = model.logits(self._denoise(noised, signal, attend, positions))
-        each = F.cross_entropy(
-            logits.flatten(0, 1), batch.canvas.flatten(), reduction="none"
-        ).view_as(batch.canvas)
-        gap_loss = (each * batch.gap).sum() / batch.gap.sum().clamp(min=1)
-        weight = batch.gap + _HEAD_WEIGHT * batch.head
-        canvas_loss = (each * weight).sum() / weight.sum().clamp(min=1)
+                hidden = self._denoise(noised.flatten(1), None, attend, positions)
+                signal = self._signal(hidden, batch)
+        hidden = self._denoise(noised.flatten(1), signal, attend, positions)
+        used = (batch.gap | batch.head).flatten(1)
+        labels = batch.canvas.flatten(1)[used]
+        in_gap = batch.gap.flatten(1)[used]
+        weights = torch.where(in_gap, 1.0, _HEAD_WEIGHT)
+        weights = torch.where(batch.spare.flatten(1)[used], _SPARE_WEIGHT, weights)
+        canvas_loss, nats = self._head(hidden[used], labels, weights / weights.sum())
         total = canvas_loss + self.encoder_weight * encoder_loss
-        return Losses(total, encoder_loss.detach(), gap_loss.detach())
+        return Losses(total, encoder_loss.detach(), nats[in_gap].mean())
+
+    def _causal_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        scored = batch.encoder_labels != IGNORED
+        labels = batch.encoder_labels[scored]
+        weights = torch.full(labels.shape, 1.0 / max(1, len(labels)), device=hidden.device)
+        return self._head(hidden[scored], labels, weights)[0]
+
+    def _head(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        return head_loss(hidden, model.embed_tokens.weight, labels, weights, model.config.softcap)
+
+    def _signal(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """What the sampler feeds back [B, C * L, D]: beliefs in the gap, the truth in the head."""
+        model = self.model
+        gap = batch.gap.flatten(1)
+        # The sampler hands logits on after dividing by its temperature.
+        low, high = _TEMPERATURES
+        heat = low + (high - low) * torch.rand(batch.canvas.shape[:2], generator=self.generator)
+        heat = heat.to(hidden.device)[..., None].expand(batch.canvas.shape).flatten(1)
+        rows = believed_embedding(
+            hidden[gap], model.embed_tokens.weight, model.config.softcap, heat[gap]
+        )
+        signal = model.embed(batch.canvas.flatten(1)).to(hidden.dtype)
+        signal[gap] = rows * model.config.width**0.5
+        return signal
 
     def _encode(self, batch: Batch, keys: list[tuple[Tensor, Tensor]]) -> Tensor:
         model = self.model

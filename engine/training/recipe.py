@@ -78,7 +78,7 @@ class Recipe:
 
     def model_config(self) -> ModelConfig:
         """The shapes of the model."""
-        kinds: tuple[LayerKind, ...] = (*(["sliding"] * (self.layers - 1)), "full")
+        below: tuple[LayerKind, ...] = ("sliding",) * (self.layers - 1)
         return ModelConfig(
             vocab_tokens=self.vocab_tokens,
             width=self.width,
@@ -93,7 +93,7 @@ class Recipe:
             softcap=30.0,
             canvas_tokens=self.canvas_tokens,
             max_positions=self.max_positions,
-            layer_kinds=kinds,
+            layer_kinds=(*below, "full"),
             key_heads={"sliding": self.key_heads, "full": self.key_heads},
             head_sizes={"sliding": self.head_size, "full": self.head_size},
             ropes={"sliding": Rope(1e4, 1.0), "full": Rope(1e6, 0.25)},
@@ -115,9 +115,11 @@ RECIPES: dict[SizeName, Recipe] = {
         dense_width=384,
         experts=4,
         expert_width=64,
+        max_positions=512,
         shapes=(
-            (ExampleShape(sequences=6, encoder_tokens=320, canvases=7, gap_tokens=24), 0.75),
-            (ExampleShape(sequences=6, encoder_tokens=320, canvases=4, gap_tokens=48), 0.25),
+            (ExampleShape(sequences=5, encoder_tokens=384, canvases=8, gap_tokens=24), 0.7),
+            (ExampleShape(sequences=5, encoder_tokens=384, canvases=5, gap_tokens=48), 0.24),
+            (ExampleShape(sequences=5, encoder_tokens=384, canvases=3, gap_tokens=96), 0.06),
         ),
         learning_rate=3e-3,
     ),

@@ -1,0 +1,99 @@
+"""The model card: data, compute and measured quality, written from the records of the run."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+from infilld.engine.training.corpus import Corpus, Package
+from infilld.engine.training.recipe import TrainOptions
+from infilld.engine.training.trainer import Progress
+
+CARD = "MODEL_CARD.md"
+
+
+def write_card(
+    options: TrainOptions, corpus: Corpus, progress: Progress, report: dict[str, Any]
+) -> Path:
+    """Write MODEL_CARD.md into the model folder; returns its path."""
+    path = options.out / CARD
+    sections = [_head(options, progress), _quality(report), _data(corpus)]
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return path
+
+
+def _head(options: TrainOptions, progress: Progress) -> str:
+    return f"""# A small infilling model for Python
+
+Made by `infilld train` in the layout of DiffusionGemma: a block-diffusion model whose prompt is read causally and whose
+canvas is refined by bidirectional passes. It is small and says so: it knows common Python and copies names from the
+context now and then. It knows no natural language and follows no instructions.
+
+## Compute
+| | |
+|---|---|
+| size | {options.size} recipe (`engine/training/recipe.py`) |
+| training | {progress.steps:,} steps, {progress.elapsed_s / 60:.0f} minutes |
+| encoder tokens seen | {progress.encoder_tokens:,} |
+| gap positions seen | {progress.canvas_tokens:,} |
+| smoothed training losses at the end | encoder {progress.encoder_nats:.3f}, gap {progress.gap_nats:.3f} nats |
+| machine | {platform.machine()}, device {options.device} |
+| seed | {options.seed} |
+
+`infilld train --size {options.size} --minutes {options.minutes:g} --out DIR` makes it again from the packages below; \
+the clock decides the number of steps, so not bit for bit."""
+
+
+def _quality(report: dict[str, Any]) -> str:
+    if not report:
+        return "## Quality\nNot measured: no file was held out."
+    canvas = report["rest_of_line"]["canvas"]
+    causal = report["rest_of_line"]["causal_greedy_prefix_only"]
+    rows = "\n".join(
+        f"| {name} | {ours} | {theirs} |"
+        for name, ours, theirs in (
+            ("exact match", _percent(canvas["exact_match"]), _percent(causal["exact_match"])),
+            (
+                "edit similarity",
+                f"{canvas['edit_similarity']:.3f}",
+                f"{causal['edit_similarity']:.3f}",
+            ),
+            ("file still parses", _percent(canvas["parse_rate"]), _percent(causal["parse_rate"])),
+            ("median time, ms", canvas["median_ms"], causal["median_ms"]),
+        )
+    )
+    return f"""## Quality
+Measured on {report["held_out_files"]} files of packages that were held out whole: {report["items"]} cuts at random
+characters, the rest of the line missing, chosen by seed {report["seed"]}. The same items for both columns.
+
+| rest of line | canvas, suffix pinned, length found | same weights causally, prefix only |
+|---|---|---|
+{rows}
+
+Cross-entropy on held-out text: encoder {report["encoder_nats"]:.3f} nats a token; a gap's text in the first pass from
+pure noise {report["first_pass_gap_nats"]:.3f} nats a token."""
+
+
+def _data(corpus: Corpus) -> str:
+    trained = [package for package in corpus.packages if not package.held_out]
+    held = [package for package in corpus.packages if package.held_out]
+    return f"""## Data
+Python source that was installed on the machine: {len(corpus.training):,} files, \
+{sum(len(file.text) for file in corpus.training):,} characters after leaving out tests, vendored copies, files above
+100 kB, tables, copies and near-copies. Nothing from the network, nothing from users.
+
+### Trained on
+{_table(trained)}
+
+### Held out
+{_table(held)}"""
+
+
+def _table(packages: list[Package]) -> str:
+    rows = [f"| {p.name} | {p.version} | {p.licence} | {p.files} | {p.chars:,} |" for p in packages]
+    return "\n".join(
+        ["| package | version | licence | files | characters |", "|---|---|---|--:|--:|", *rows]
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
