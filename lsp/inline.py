@@ -193,7 +193,7 @@ class InlineCompletions:
                 items.setdefault(str(item.insert_text), item)
         if not items:
             return self._silent(Silence("stale", "The document has moved on."), started_s)
-        self._note("ok", f"{len(items)} alternatives", started_s)
+        self._note("ok", f"alternatives: {len(items)}", started_s)
         return types.InlineCompletionList(items=list(items.values()))
 
     def _silent(self, silence: Silence, started_s: float) -> types.InlineCompletionList:
