@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from infilld.server import discovery, fill, models, settings
+from infilld.server import discovery, fill, models, settings, train
 from infilld.server.client import Client, ServerProblem
 from infilld.server.document import PositionProblem
 from infilld.server.settings import Problem, Settings, SettingsProblem
@@ -71,6 +71,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     bench = verb("bench", _bench, "measure encode, pass and infill times")
     bench.add_argument("--repeats", type=int, default=15, help="runs of each measurement")
     _add_json(bench)
+    train.add_flags(verb("train", _train, "make a starter model from source code"))
     return parser
 
 
@@ -174,6 +175,11 @@ def _doctor(options: argparse.Namespace, wanted: Settings) -> int:
     from infilld.server import doctor
 
     return doctor.run(wanted, as_json=options.json)
+
+
+def _train(options: argparse.Namespace, wanted: Settings) -> int:
+    _wait_passively()
+    return train.run(options, wanted)
 
 
 def _bench(options: argparse.Namespace, wanted: Settings) -> int:
