@@ -1,0 +1,42 @@
+"""The causal scorer gives the log-probabilities of `transformers`, candidate by candidate."""
+
+import pytest
+import torch
+from parity import distance, encoded, reference_log_probabilities
+from tiny_model import WIDE_HEADS, ours, random_tokens, reference
+
+from infilld.engine.scorer import score
+
+CEILING = 1e-4
+
+
+@pytest.mark.parametrize("margin", [None, 0, 4])
+def test_candidates_of_any_length_agree(margin: int | None) -> None:
+    model, prefix = ours(WIDE_HEADS), random_tokens(WIDE_HEADS, 21, seed=1)
+    cache = encoded(model, prefix, margin)
+    candidates = [random_tokens(WIDE_HEADS, n, seed=n) for n in (7, 1, 0, 12)]
+    found = score(model, cache, [c.tolist() for c in candidates])
+    for ours_, candidate in zip(found, candidates, strict=True):
+        whole = torch.cat((prefix, candidate))
+        theirs = reference_log_probabilities(reference(WIDE_HEADS), whole)[len(prefix) - 1 :]
+        assert ours_.shape == candidate.shape
+        if len(candidate):
+            assert distance(ours_, theirs) < CEILING
+    assert cache.ids == tuple(prefix.tolist())
+    cache.check()
+
+
+def test_neighbours_do_not_matter() -> None:
+    model = ours(WIDE_HEADS)
+    cache = encoded(model, random_tokens(WIDE_HEADS, 9, seed=2))
+    one, other = ([3, 1, 4, 1, 5], [9, 2, 6])
+    alone = score(model, cache, [one])[0]
+    together = score(model, cache, [other, one, one])
+    assert distance(alone, together[1]) < CEILING
+    assert torch.equal(together[1], together[2])
+
+
+def test_an_empty_prefix_is_refused() -> None:
+    model = ours(WIDE_HEADS)
+    with pytest.raises(ValueError, match="prefix"):
+        score(model, model.new_cache(), [[1]])
