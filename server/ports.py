@@ -2,6 +2,7 @@
 
 import errno
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from infilld.server.discovery import DaemonProblem
@@ -49,13 +50,18 @@ def owner_of(port: int) -> str | None:
     """
     sockets = _listening_inodes(port)
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            held = {link.readlink().name for link in (folder / "fd").iterdir()}
-            if sockets & held:
+        # A process may end meanwhile, or belong to another user.
+        with suppress(OSError):
+            if any(_is_one_of(link, sockets) for link in (folder / "fd").iterdir()):
                 return f"{(folder / 'comm').read_text().strip()} (pid {folder.name})"
-        except OSError:
-            continue  # ended meanwhile, or belongs to another user
     return None
+
+
+def _is_one_of(link: Path, sockets: set[str]) -> bool:
+    try:
+        return link.readlink().name in sockets
+    except OSError:
+        return False  # closed meanwhile
 
 
 def _listening_inodes(port: int) -> set[str]:
