@@ -19,7 +19,7 @@ from torch import Tensor
 from infilld.engine.cache import PrefixCache
 from infilld.engine.config import SamplerConfig
 from infilld.engine.draws import Draws
-from infilld.engine.errors import ModelError
+from infilld.engine.errors import ContextTooLong, ModelError, RequestError
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.schedule import temperature
 from infilld.engine.stopping import History, StopRule, reference_stop
@@ -229,10 +229,21 @@ def generate(
 
     Returns:
         New tokens [canvases * L] int64.
+
+    Raises:
+        RequestError: the prompt is empty. ContextTooLong: it leaves no room for a canvas.
     """
+    if len(prompt) == 0:
+        raise RequestError("the prompt is empty", remedy="Begin the prompt with the bos token.")
     cache = model.new_cache() if cache is None else cache
     new = config.max_new_tokens if max_new_tokens is None else max_new_tokens
     canvases = -(-new // model.config.canvas_tokens)
+    end = len(prompt) + canvases * model.config.canvas_tokens
+    if end > model.config.max_positions:
+        raise ContextTooLong(
+            f"{len(prompt)} prompt tokens and {canvases} canvases end at position {end}, "
+            f"the model has {model.config.max_positions}"
+        )
     return torch.cat(list(_canvases(model, prompt, config, draws, cache, canvases)))
 
 
