@@ -3,7 +3,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infilld.server.document import Document, DocumentProblem, PositionProblem
@@ -47,6 +47,7 @@ def test_a_place_that_is_not_there_is_named(line: int, column: int, words: str) 
     assert words in f"{caught.value} {caught.value.remedy}"
 
 
+@settings(deadline=None)
 @given(TEXTS, TEXTS, TEXTS, st.integers(0, 12), st.integers(0, 12))
 def test_a_window_holds_the_span_and_maps_back(
     before: str, inside: str, after: str, reach: int, ahead: int

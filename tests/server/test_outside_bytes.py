@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from fake_worker import Script
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from live_server import LiveServer, live_server
 
@@ -53,6 +53,7 @@ def place(text: str) -> str:
     return f"{line}:{column}"
 
 
+@settings(deadline=None)
 @given(st.booleans(), TEXTS, TEXTS, TEXTS, TEXTS)
 @example(True, "", "", "", "\r\n")
 @example(False, "a\r\n", "", "", "b")
@@ -74,6 +75,7 @@ def test_fill_write(
     live.worker.jobs.clear()
 
 
+@settings(deadline=None)
 @given(TEXTS, TEXTS, TEXTS, TEXTS, st.booleans())
 def test_rest(
     live: LiveServer, before: str, inside: str, after: str, new: str, is_streamed: bool
