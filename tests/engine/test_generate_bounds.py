@@ -14,7 +14,7 @@ CONFIG = SamplerConfig(max_steps=2)
 
 
 def run(prompt_tokens: int, new_tokens: int) -> torch.Tensor:
-    prompt = torch.arange(prompt_tokens)
+    prompt = torch.arange(prompt_tokens) % MODEL.config.vocab_tokens
     return generate(MODEL, prompt, CONFIG, SeededDraws(0), max_new_tokens=new_tokens)
 
 
