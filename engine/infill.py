@@ -41,6 +41,7 @@ from infilld.engine.request import (
     Usage,
 )
 from infilld.engine.sampler import Denoised, Step, denoise
+from infilld.engine.scorer import score
 from infilld.engine.stopping import AllOf, AnyOf, Deadline, LowEntropy, Stable, StopRule
 from infilld.engine.tokenizer import Tokenizer
 
@@ -72,16 +73,11 @@ class Hooks:
 
 @dataclass
 class _Fill:
-    """One row's fill: text, token log-probabilities in nats, whether the gap held a filler."""
+    """One row's fill: its text and tokens, and whether the gap was full, without a filler."""
 
     text: str
-    log_probabilities: list[float]
+    tokens: list[int]
     is_open: bool
-
-    @property
-    def score(self) -> float:
-        """Mean log-probability, nats."""
-        return sum(self.log_probabilities) / max(1, len(self.log_probabilities))
 
 
 class Infiller:
@@ -229,19 +225,25 @@ class _Run:
             canvas_tokens=self.canvas.canvas_tokens * self.request.alternatives,
             passes=self.passes,
         )
-        kept = _distinct([fill for fill in fills if fill.text])
-        reason, why = self._reason(kept)
-        alternatives = tuple(
-            Alternative(
-                (SpanFill(self.span.start, self.span.end, fill.text, math.exp(fill.score)),),
-                fill.score,
-            )
-            for fill in kept
-        )
+        kept = {fill.text: fill for fill in reversed(fills) if fill.text}
+        reason, why = self._reason(bool(kept))
+        alternatives = self._scored(list(kept.values()))
         return replace(result, alternatives=alternatives, reason=reason, why=why, usage=usage)
 
-    def _reason(self, kept: list[_Fill]) -> tuple[Reason, str]:
-        if kept:
+    def _scored(self, fills: list[_Fill]) -> tuple[Alternative, ...]:
+        """The fills with their causal likelihood, best first."""
+        logs = score(self.engine.model, self.cache, [fill.tokens for fill in fills])
+        scored = [(float(each.mean()), fill) for each, fill in zip(logs, fills, strict=True)]
+        scored.sort(key=lambda pair: pair[0], reverse=True)
+        return tuple(
+            Alternative(
+                (SpanFill(self.span.start, self.span.end, fill.text, math.exp(mean)),), mean
+            )
+            for mean, fill in scored
+        )
+
+    def _reason(self, is_any: bool) -> tuple[Reason, str]:
+        if is_any:
             return "ok", ""
         if self._is_late():
             return "deadline", "The deadline struck before any text was certain."
@@ -311,17 +313,9 @@ class _Run:
             low = math.log(_SHOWN_PROBABILITY)
             end = next((place for place in places if logs[place] < low), gap)
             places = [place for place in places if place < end]
-        text = self.engine.tokenizer.text(tokens[place] for place in places)
-        is_open = len(places) == gap
-        return _Fill(text.replace("\n", self.newline), [logs[place] for place in places], is_open)
-
-
-def _distinct(fills: list[_Fill]) -> list[_Fill]:
-    """Fills with different texts, best first."""
-    best: dict[str, _Fill] = {}
-    for fill in sorted(fills, key=lambda fill: fill.score, reverse=True):
-        best.setdefault(fill.text, fill)
-    return list(best.values())
+        kept = [tokens[place] for place in places]
+        text = self.engine.tokenizer.text(kept).replace("\n", self.newline)
+        return _Fill(text, kept, is_open=len(places) == gap)
 
 
 def _unix(text: str) -> str:

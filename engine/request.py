@@ -125,7 +125,7 @@ def _refuse_overlap(spans: Sequence[Span]) -> None:
 class SpanFill:
     """New text of one span; `start` and `end` are offsets in the request's text.
 
-    `confidence` is the mean probability of the fill's tokens on the last pass, 0 to 1.
+    `confidence` is the geometric mean probability of the fill's tokens, 0 to 1.
     """
 
     start: int
@@ -136,7 +136,7 @@ class SpanFill:
 
 @dataclass(frozen=True)
 class Alternative:
-    """One answer for all spans; `score` is the mean log-probability per token, nats."""
+    """One answer for all spans; `score` is the mean causal log-probability of a token, nats."""
 
     spans: tuple[SpanFill, ...]
     score: float
