@@ -44,10 +44,7 @@ def _live(stream: Stream) -> wire.InfillReply:
                 return event
             shown = Text()
             for span in event.spans:
-                # Control characters of a draft must not reach the terminal; new lines may.
-                clean = "".join(
-                    c if c.isprintable() or c in "\n\t" else "\ufffd" for c in span.text
-                )
+                clean = harmless(span.text)
                 shown.append(clean[: span.settled]).append(clean[span.settled :], style="dim")
             shown.append(f"\npass {event.passes}", style="cyan")
             live.update(shown, refresh=True)
