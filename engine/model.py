@@ -160,9 +160,7 @@ class DiffusionGemma(nn.Module):
 
     def _embedding_scale(self) -> Tensor:
         # sqrt(D) is rounded to the weights' dtype first, as the reference does.
-        return torch.tensor(self.config.width**0.5, dtype=torch.float32).to(
-            self.embed_tokens.weight
-        )
+        return self.embed_tokens.weight.new_tensor(self.config.width**0.5)
 
     def _decoder_scalars(self) -> list[Tensor]:
         return [layer.get_buffer("layer_scalar") for layer in self.layers]
