@@ -22,6 +22,7 @@ from tiny_model import (
     WIDE_HEADS,
     WILD,
     checkpoint,
+    exact_reference,
     ours,
     random_tokens,
     reference,
@@ -77,6 +78,16 @@ def test_we_are_as_close_to_the_reference_as_it_is_to_itself() -> None:
                 other = reference_pass(eager, *pass_inputs(spec, case))
                 itself = max(itself, distance(other, reference_logits(spec, case)))
     assert us <= 3 * itself
+
+
+@by_checkpoint
+@pytest.mark.parametrize("belief", [False, True], ids=["first", "belief"])
+def test_float64_leaves_no_difference(name: str, belief: bool) -> None:
+    spec = CHECKPOINTS[name]
+    for prefix in (W - 1, 2 * W + 3):
+        inputs = pass_inputs(spec, PassCase(prefix=prefix, tokens=L, belief=belief))
+        expected = reference_pass(exact_reference(spec), *inputs)
+        assert distance(our_pass(ours(spec, torch.float64), *inputs), expected) < 1e-6
 
 
 def test_the_checkpoints_are_worth_the_test() -> None:

@@ -20,6 +20,7 @@ from parity import (
 )
 from tiny_model import (
     ALL_TWO,
+    CHECKPOINTS,
     DEEP,
     EOS_IDS,
     ROUTED,
@@ -28,6 +29,7 @@ from tiny_model import (
     WILD,
     Spec,
     checkpoint,
+    exact_reference,
     ours,
     random_tokens,
     reference,
@@ -139,6 +141,20 @@ def reference_run(prefix: int, seed: int) -> Recording:
 def test_generate_gives_the_same_tokens(prefix: int, seed: int) -> None:
     expected = reference_run(prefix, seed).tokens
     assert torch.equal(our_generate(random_tokens(TAME, prefix, seed), seed), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_generate_gives_the_same_tokens_in_float64(name: str) -> None:
+    # Wild checkpoints too: there are no rounding differences left for them to amplify.
+    spec = CHECKPOINTS[name]
+    options = {"max_denoising_steps": 10, "max_new_tokens": 48}
+    config = replace(CONFIG, max_steps=10, max_new_tokens=48)
+    for seed in range(3):
+        prompt = random_tokens(spec, 6 + 7 * seed, seed)
+        expected = reference_generate(exact_reference(spec), prompt, seed, **options)
+        found = generate(ours(spec, torch.float64), prompt, config, ReferenceDraws(seed))
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.slow

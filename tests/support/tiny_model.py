@@ -163,9 +163,27 @@ def reference(spec: Spec, attention: str = "sdpa", experts: str = "grouped_mm") 
 
 
 @functools.cache
-def ours(spec: Spec) -> DiffusionGemma:
+def ours(spec: Spec, dtype: torch.dtype = torch.float32) -> DiffusionGemma:
     """The checkpoint as the engine reads it. Do not change it: `changeable` gives a copy."""
-    return load_model(checkpoint(spec))
+    return load_model(checkpoint(spec), dtype=dtype)
+
+
+@functools.cache
+def exact_reference(spec: Spec) -> Any:
+    """The checkpoint in float64, as far as `transformers` goes.
+
+    It keeps float32 islands (norms, softmaxes, the soft cap), and so does the engine; they round
+    equal values to equal bits, so that two correct float64 models decide alike for a whole run.
+    """
+    from transformers import DiffusionGemmaForBlockDiffusion
+
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(
+        checkpoint(spec),
+        dtype=torch.float64,
+        attn_implementation="sdpa",
+        experts_implementation="eager",
+    )
+    return model.eval()
 
 
 def changeable(spec: Spec) -> DiffusionGemma:
