@@ -24,9 +24,10 @@ def write_card(
 def _head(options: TrainOptions, progress: Progress) -> str:
     return f"""# A small infilling model for Python
 
-Made by `infilld train` in the layout of DiffusionGemma: a block-diffusion model whose prompt is read causally and whose
-canvas is refined by bidirectional passes. It is small and says so: it knows common Python and copies names from the
-context now and then. It knows no natural language and follows no instructions.
+Made by `infilld train` in the layout of DiffusionGemma: a block-diffusion model whose prompt is
+read causally and whose canvas is refined by bidirectional passes. It is small and says so: it
+knows common Python and copies names from the context now and then. It knows no natural language
+and follows no instructions.
 
 ## Compute
 | | |
@@ -35,12 +36,13 @@ context now and then. It knows no natural language and follows no instructions.
 | training | {progress.steps:,} steps, {progress.elapsed_s / 60:.0f} minutes |
 | encoder tokens seen | {progress.encoder_tokens:,} |
 | gap positions seen | {progress.canvas_tokens:,} |
-| smoothed training losses at the end | encoder {progress.encoder_nats:.3f}, gap {progress.gap_nats:.3f} nats |
+| last encoder loss, smoothed | {progress.encoder_nats:.3f} nats a token |
+| last gap loss, smoothed, all noise, fillers too | {progress.gap_nats:.3f} nats a token |
 | machine | {platform.machine()}, device {options.device} |
 | seed | {options.seed} |
 
-`infilld train --size {options.size} --minutes {options.minutes:g} --out DIR` makes it again from the packages below; \
-the clock decides the number of steps, so not bit for bit."""
+`infilld train --size {options.size} --minutes {options.minutes:g} --out DIR` makes it again from
+the packages below; the clock decides the number of steps, so not bit for bit."""
 
 
 def _quality(report: dict[str, Any]) -> str:
@@ -62,24 +64,25 @@ def _quality(report: dict[str, Any]) -> str:
         )
     )
     return f"""## Quality
-Measured on {report["held_out_files"]} files of packages that were held out whole: {report["items"]} cuts at random
-characters, the rest of the line missing, chosen by seed {report["seed"]}. The same items for both columns.
+Measured on {report["held_out_files"]} held-out files: {report["items"]} cuts at random characters,
+the rest of the line missing, chosen by seed {report["seed"]}. The same items for both columns.
 
 | rest of line | canvas, suffix pinned, length found | same weights causally, prefix only |
 |---|---|---|
 {rows}
 
-Cross-entropy on held-out text: encoder {report["encoder_nats"]:.3f} nats a token; a gap's text in the first pass from
-pure noise {report["first_pass_gap_nats"]:.3f} nats a token."""
+Cross-entropy on held-out text: encoder {report["encoder_nats"]:.3f} nats a token; a gap's text in
+the first pass from pure noise {report["first_pass_gap_nats"]:.3f} nats a token."""
 
 
 def _data(corpus: Corpus) -> str:
     trained = [package for package in corpus.packages if not package.held_out]
     held = [package for package in corpus.packages if package.held_out]
+    chars = sum(len(file.text) for file in corpus.training)
     return f"""## Data
-Python source that was installed on the machine: {len(corpus.training):,} files, \
-{sum(len(file.text) for file in corpus.training):,} characters after leaving out tests, vendored copies, files above
-100 kB, tables, copies and near-copies. Nothing from the network, nothing from users.
+Python source that was installed on the machine: {len(corpus.training):,} files, {chars:,}
+characters after leaving out tests, vendored copies, files above 100 kB, tables, copies and
+near-copies. Nothing from the network, nothing from users. Whole packages were held out.
 
 ### Trained on
 {_table(trained)}

@@ -94,7 +94,12 @@ def collect_folders(folders: Iterable[Path], held_out_share: float = 0.05) -> Co
         if not folder.exists():
             raise FileNotFoundError(f"no folder {folder}")
         paths = [folder] if folder.is_file() else sorted(folder.rglob("*.py"))
-        files += [SourceFile(folder.name, str(p), t) for p in paths if (t := _read(p)) is not None]
+        base = folder.parent
+        files += [
+            SourceFile(folder.name, str(path.relative_to(base)), text)
+            for path in paths
+            if (text := _read(path)) is not None
+        ]
     files = list(deduplicated(files))
     if not files:
         raise FileNotFoundError(f"no usable Python file in {', '.join(map(str, folders))}")

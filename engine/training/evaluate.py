@@ -93,7 +93,8 @@ def _losses(engine: Infiller, texts: Sequence[str], seed: int) -> dict[str, floa
         ):
             cache = model.new_cache()
             used = int((labels != IGNORED).sum())
-            hidden = model.encode(ids[:used], cache)
+            # The last token is read, since canvases may start behind it, but predicts nothing.
+            hidden = model.encode(ids[: used + 1], cache)[:used]
             loss = F.cross_entropy(model.logits(hidden), labels[:used], reduction="none")
             encoder += loss.tolist()
             # Later canvases first: the cache is only ever cut back.

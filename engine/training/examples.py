@@ -12,6 +12,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,6 +160,14 @@ class ExampleBuilder:
                 canvas[b, c, shape.gap_tokens : end] = torch.tensor(after, dtype=torch.int64)
                 head[b, c, shape.gap_tokens : end] = True
         return Batch(encoder, labels, canvas, starts, gap, head, spare)
+
+    def state(self) -> tuple[Any, ...]:
+        """Where the random stream is, for `restore`."""
+        return self._rng.getstate()
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Go on where `state` was asked for."""
+        self._rng.setstate(state)
 
     def _sequence(self, shape: ExampleShape) -> tuple[list[int], list[_Canvas]]:
         """Encoder ids, and the canvases on them.

@@ -74,11 +74,10 @@ class Recipe:
     warmup_steps: int = 100
     decay_share: float = 0.4
     clip_norm: float = 1.0
-    self_condition_share: float = 0.5
 
     def model_config(self) -> ModelConfig:
         """The shapes of the model."""
-        below: tuple[LayerKind, ...] = ("sliding",) * (self.layers - 1)
+        below: list[LayerKind] = ["sliding"] * (self.layers - 1)
         return ModelConfig(
             vocab_tokens=self.vocab_tokens,
             width=self.width,

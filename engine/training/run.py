@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ Say = Callable[[str], None]
 
 # A vocabulary is as good from a part of the corpus, and sooner done.
 _VOCABULARY_FILES = 2000
+# A package 10 times as large is taken 5.6 times as often: no one style shall rule.
+_SIZE_DAMPING = 0.25
 _EVALUATED_ITEMS = 200
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -53,7 +56,7 @@ def train(options: TrainOptions, say: Say = lambda line: None) -> dict[str, Any]
     _vocabulary(recipe, corpus, state, options.seed, say)
     trainer = _trainer(options, recipe, corpus, state, say)
     trainer.run(lambda progress: say(describe(progress, options)), max_steps=options.max_steps)
-    export(trainer.model, options.out, state)
+    export(trainer.averaged(), options.out, state)
     say(f"wrote {options.out}")
     return assess(options, corpus, trainer.progress, say)
 
@@ -149,18 +152,22 @@ def _trainer(
     initialise(model, options.seed)
     model.to(pick_device(options.device))
     texts = [file.text for file in corpus.training]
-
-    def make(seed: int) -> Trainer:
-        builder = ExampleBuilder(texts, tokenizer, controls, seed)
-        return Trainer(model, recipe, builder, state, minutes=options.minutes, seed=seed)
-
-    trainer = make(options.seed)
+    builder = ExampleBuilder(texts, tokenizer, controls, options.seed, _weights(corpus))
+    trainer = Trainer(model, recipe, builder, state, minutes=options.minutes, seed=options.seed)
     if trainer.resume():
-        # New examples from here on, not those of the first part again.
-        trainer.builder = ExampleBuilder(
-            texts, tokenizer, controls, options.seed + 1 + trainer.progress.steps
-        )
         say(f"going on after step {trainer.progress.steps}")
     parameters = sum(p.numel() for p in model.parameters())
     say(f"model: {parameters / 1e6:.2f} M parameters on {model.device}")
     return trainer
+
+
+def _weights(corpus: corpora.Corpus) -> list[float]:
+    """How often each training file is taken: by length, but large packages less."""
+    chars: Counter[str] = Counter()
+    for file in corpus.training:
+        chars[_project(file)] += len(file.text)
+    return [len(file.text) * chars[_project(file)] ** -_SIZE_DAMPING for file in corpus.training]
+
+
+def _project(file: corpora.SourceFile) -> str:
+    return file.package.partition("/")[0]

@@ -1,5 +1,6 @@
 """The training loop: steps, a schedule fitted to the clock, checkpoints, going on after a stop."""
 
+import copy
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from infilld.engine.errors import ModelError
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.training.examples import ExampleBuilder, ExampleShape
 from infilld.engine.training.joint import JointPass, Losses
+from infilld.engine.training.muon import Muon
 from infilld.engine.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ CHECKPOINT = "checkpoint.pt"
 _CHECKPOINT_S = 180.0
 _REPORT_S = 15.0
 _SMOOTHING = 0.98
+_AVERAGE_DECAY = 0.995
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Progress:
     canvas_tokens: int = 0
     encoder_nats: float = math.nan
     gap_nats: float = math.nan
-    history: list[tuple[float, float, float]] = field(default_factory=list)
+    history: list[list[float]] = field(default_factory=list)
 
     def observe(self, losses: Losses, seconds: float, encoder: int, canvas: int) -> None:
         """Count one step."""
@@ -106,17 +109,8 @@ class Trainer:
         self._rng = random.Random(seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._pass = JointPass(model, self._generator)
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        vectors = [p for p in model.parameters() if p.dim() <= 1]
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": recipe.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=recipe.learning_rate,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        self.average = {name: tensor.clone() for name, tensor in _parameters(model)}
+        self._optimizers = _optimizers(model, recipe)
 
     def resume(self) -> bool:
         """Go on from the checkpoint of the state folder; False when there is none."""
@@ -125,9 +119,13 @@ class Trainer:
             return False
         saved = torch.load(path, map_location="cpu", weights_only=True)
         self.model.load_state_dict(saved["model"])
-        self._optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(self._optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self._generator.set_state(saved["generator"])
-        self._rng.seed(saved["progress"]["steps"])
+        self._rng.setstate(saved["shapes"])
+        self.builder.restore(saved["examples"])
+        for name, tensor in self.average.items():
+            tensor.copy_(saved["average"][name])
         self.progress = Progress(**saved["progress"])
         return True
 
@@ -138,14 +136,23 @@ class Trainer:
         torch.save(
             {
                 "model": self.model.state_dict(),
-                "optimizer": self._optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+                "average": self.average,
                 "generator": self._generator.get_state(),
+                "shapes": self._rng.getstate(),
+                "examples": self.builder.state(),
                 "progress": asdict(self.progress),
             },
             fresh,
         )
         os.replace(fresh, path)
         (self.state / "progress.json").write_text(json.dumps(asdict(self.progress)))
+
+    def averaged(self) -> DiffusionGemma:
+        """A copy of the model with the averaged weights: better than the last ones."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self.average, strict=False)
+        return model.eval()
 
     def run(self, report: Callable[[Progress], None], *, max_steps: int | None = None) -> Progress:
         """Train until the minutes are spent; an interrupt saves and is raised again."""
@@ -175,25 +182,41 @@ class Trainer:
         shape = self._shape()
         batch = self.builder.batch(shape).to(self.model.device)
         rate = self.recipe.learning_rate * self.rate_share()
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        conditioned = self._rng.random() < self.recipe.self_condition_share
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        conditioned = self._rng.random() < self._condition_share()
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=fast_bf16(self.model)):
             losses = self._pass.losses(batch, self_condition=conditioned)
         losses.total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self._follow()
         seconds = time.monotonic() - started
         canvas = int(batch.gap.sum())
         self.progress.observe(losses, seconds, batch.encoder.numel(), canvas)
         return losses
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the average; a young one moves faster."""
+        share = max(1 - _AVERAGE_DECAY, 1 / (1 + 0.1 * self.progress.steps))
+        torch._foreach_lerp_(
+            list(self.average.values()), [p.data for _, p in _parameters(self.model)], share
+        )
 
     def rate_share(self) -> float:
         """Share of the peak learning rate now: rise, hold, then fall to 0 by the clock."""
         rise = min(1.0, (self.progress.steps + 1) / self.recipe.warmup_steps)
         left = 1.0 - self.progress.elapsed_s / self.limit_s
         return rise * max(0.0, min(1.0, left / self.recipe.decay_share))
+
+    def _condition_share(self) -> float:
+        """Rare while predictions mean little, usual at the end, as at inference."""
+        done = self.progress.elapsed_s / self.limit_s
+        return 0.25 if done < 0.3 else 0.4 if done < 0.75 else 0.8
 
     def _shape(self) -> ExampleShape:
         shapes, shares = zip(*self.recipe.shapes, strict=True)
@@ -202,7 +225,31 @@ class Trainer:
 
     def _note(self) -> None:
         p = self.progress
-        p.history.append((p.elapsed_s, p.encoder_nats, p.gap_nats))
+        p.history.append([p.elapsed_s, p.encoder_nats, p.gap_nats])
+
+
+def _optimizers(model: DiffusionGemma, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between embeddings, AdamW for everything else."""
+    hidden, table, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            vectors.append(parameter)
+        elif name == "embed_tokens.weight" or ".router." in name:
+            table.append(parameter)
+        else:
+            hidden.append(parameter)
+    others = [
+        {"params": table, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [
+        Muon(hidden, recipe.learning_rate, recipe.weight_decay),
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True),
+    ]
+
+
+def _parameters(model: DiffusionGemma) -> list[tuple[str, Tensor]]:
+    return [(name, parameter.data) for name, parameter in model.named_parameters()]
 
 
 _BF16_PAYS: dict[str, bool] = {}

@@ -41,7 +41,9 @@ def test_a_canvas_gets_the_logits_the_engine_would_give_it(batch: Batch) -> None
     first = joint_logits(batch, canvas, None)
     second = joint_logits(batch, canvas, first.flatten(1, 2))
     model = tiny_model(tiny_config(TOKENIZER.vocab_tokens))
-    for b, c in [(0, 0), (1, 1), (2, 2)]:
+    filled = batch.gap.any(-1).nonzero().tolist()
+    assert len(filled) > 3
+    for b, c in filled[::2]:
         used = int((batch.gap | batch.head)[b, c].sum())
         cache = model.new_cache()
         model.encode(batch.encoder[b, : batch.starts[b, c]], cache)
