@@ -1,7 +1,8 @@
 """What a checkpoint says about itself, and what the sampler is told. Every default stands once."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,21 @@ _TEXT_DEFAULTS: dict[str, Any] = {
     "sliding_window": 512,
     "final_logit_softcapping": 30.0,
 }
+_AT_LEAST_ONE = (
+    "vocab_tokens",
+    "width",
+    "layers",
+    "heads",
+    "dense_width",
+    "experts",
+    "expert_width",
+    "sliding_window",
+    "canvas_tokens",
+    "max_positions",
+)
+_MOST_LAYERS = 10_000
+# What reading a value of the wrong kind raises.
+_MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
 _GLOBAL_HEAD_SIZE = 512
 _SLIDING_PER_FULL = 5
 _ROPE_DEFAULTS: dict[LayerKind, dict[str, Any]] = {
@@ -88,14 +104,28 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be run."""
-        for name in ("vocab_tokens", "width", "layers", "heads", "experts", "canvas_tokens"):
+        for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise CheckpointMismatch(f"config.json: {name} is {getattr(self, name)}")
+        for name in ("rms_eps", "softcap"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise CheckpointMismatch(f"config.json: {name} is {getattr(self, name)}")
+        for token in (*self.eos_ids, self.pad_id, self.bos_id):
+            if not 0 <= token < self.vocab_tokens:
+                raise CheckpointMismatch(
+                    f"config.json: token id {token} is outside the {self.vocab_tokens} of "
+                    "the vocabulary"
+                )
         if not 1 <= self.experts_per_token <= self.experts:
             raise CheckpointMismatch(
                 f"config.json: {self.experts_per_token} experts a token, {self.experts} experts"
             )
         for kind in self.kinds:
+            if self.key_heads[kind] < 1 or self.head_sizes[kind] < 1:
+                raise CheckpointMismatch(
+                    f"config.json: {kind} layers have {self.key_heads[kind]} key heads of size "
+                    f"{self.head_sizes[kind]}"
+                )
             if self.heads % self.key_heads[kind]:
                 raise CheckpointMismatch(
                     f"config.json: {self.heads} query heads do not divide into "
@@ -124,6 +154,13 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
         """Read both dialects of the configuration (per-layer overrides, global head fields)."""
+        try:
+            return cls._read(config)
+        except _MALFORMED as error:
+            raise CheckpointMismatch(f"config.json: malformed value: {error!r}") from None
+
+    @classmethod
+    def _read(cls, config: Mapping[str, Any]) -> "ModelConfig":
         if config.get("model_type") != "diffusion_gemma":
             raise CheckpointMismatch(
                 f"config.json: model_type is {config.get('model_type')!r}, "
@@ -140,26 +177,26 @@ class ModelConfig:
         heads, sizes = _full_layers(text, kinds)
         eos = config.get("eos_token_id", text["eos_token_id"])
         return cls(
-            vocab_tokens=int(text["vocab_size"]),
-            width=int(text["hidden_size"]),
-            layers=int(text["num_hidden_layers"]),
-            heads=int(text["num_attention_heads"]),
-            dense_width=int(text["intermediate_size"]),
-            experts=int(text["num_experts"]),
-            experts_per_token=int(text["top_k_experts"]),
-            expert_width=int(text["moe_intermediate_size"]),
-            sliding_window=int(text["sliding_window"]),
+            vocab_tokens=_whole(text["vocab_size"]),
+            width=_whole(text["hidden_size"]),
+            layers=_whole(text["num_hidden_layers"]),
+            heads=_whole(text["num_attention_heads"]),
+            dense_width=_whole(text["intermediate_size"]),
+            experts=_whole(text["num_experts"]),
+            experts_per_token=_whole(text["top_k_experts"]),
+            expert_width=_whole(text["moe_intermediate_size"]),
+            sliding_window=_whole(text["sliding_window"]),
             rms_eps=float(text["rms_norm_eps"]),
             softcap=float(text["final_logit_softcapping"]),
-            canvas_tokens=int(config.get("canvas_length") or 256),
-            max_positions=int(text["max_position_embeddings"]),
+            canvas_tokens=_whole(config.get("canvas_length") or 256),
+            max_positions=_whole(text["max_position_embeddings"]),
             layer_kinds=kinds,
-            key_heads={"sliding": int(text["num_key_value_heads"]), "full": heads},
-            head_sizes={"sliding": int(text["head_dim"]), "full": sizes},
+            key_heads={"sliding": _whole(text["num_key_value_heads"]), "full": heads},
+            head_sizes={"sliding": _whole(text["head_dim"]), "full": sizes},
             ropes={kind: _rope(text, kind) for kind in ("sliding", "full")},
             eos_ids=_ids(eos),
-            pad_id=int(text["pad_token_id"]),
-            bos_id=int(text["bos_token_id"]),
+            pad_id=_whole(text["pad_token_id"]),
+            bos_id=_whole(text["bos_token_id"]),
         )
 
 
@@ -194,9 +231,11 @@ class SamplerConfig:
             raise CheckpointMismatch(
                 f"{self.max_steps=}, {self.max_new_tokens=}: expected 1 or more"
             )
-        if not 0 < self.t_min <= self.t_max:
+        if self.stability_passes is not None and self.stability_passes < 0:
+            raise CheckpointMismatch(f"{self.stability_passes=}: expected 0 or more")
+        if not 0 < self.t_min <= self.t_max < math.inf:
             raise CheckpointMismatch(f"{self.t_min=}, {self.t_max=}: expected 0 < t_min <= t_max")
-        if self.entropy_budget_nats < 0:
+        if not self.entropy_budget_nats >= 0:  # NaN is refused too
             raise CheckpointMismatch(f"{self.entropy_budget_nats=}: expected 0 or more")
 
     @classmethod
@@ -208,6 +247,15 @@ class SamplerConfig:
         if not (folder / "generation_config.json").exists():
             return cls()
         found = read_json(folder, "generation_config.json")
+        try:
+            return cls._read(found)
+        except _MALFORMED as error:
+            raise CheckpointMismatch(
+                f"generation_config.json: malformed value: {error!r}"
+            ) from None
+
+    @classmethod
+    def _read(cls, found: Mapping[str, Any]) -> "SamplerConfig":
         sampler = found.get("sampler_config") or {}
         rule = sampler.get("_cls_name", "EntropyBoundSamplerConfig")
         if rule != "EntropyBoundSamplerConfig":
@@ -215,17 +263,19 @@ class SamplerConfig:
                 f"generation_config.json: sampler {rule!r} is unknown, "
                 "expected 'EntropyBoundSamplerConfig'"
             )
-        named = {
-            "max_steps": found.get("max_denoising_steps"),
-            "t_min": found.get("t_min"),
-            "t_max": found.get("t_max"),
-            "entropy_budget_nats": sampler.get("entropy_bound"),
-            "stability_passes": found.get("stability_threshold"),
-            "mean_entropy_nats": found.get("confidence_threshold"),
-            "max_new_tokens": found.get("max_new_tokens"),
-            "pad_id": found.get("pad_token_id"),
+        named: dict[str, tuple[Callable[[Any], Any], Any]] = {
+            "max_steps": (_whole, found.get("max_denoising_steps")),
+            "t_min": (float, found.get("t_min")),
+            "t_max": (float, found.get("t_max")),
+            "entropy_budget_nats": (float, sampler.get("entropy_bound")),
+            "stability_passes": (_whole, found.get("stability_threshold")),
+            "mean_entropy_nats": (float, found.get("confidence_threshold")),
+            "max_new_tokens": (_whole, found.get("max_new_tokens")),
+            "pad_id": (_whole, found.get("pad_token_id")),
         }
-        present = {key: value for key, value in named.items() if value is not None}
+        present: dict[str, Any] = {
+            key: kind(value) for key, (kind, value) in named.items() if value is not None
+        }
         return cls(eos_ids=_ids(found.get("eos_token_id")), **present)
 
 
@@ -243,7 +293,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         raise CheckpointMissing(f"{folder} holds no {name}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointMismatch(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointMismatch(f"{path} holds {type(content).__name__}, expected an object")
@@ -253,7 +303,15 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 def _ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
+    return tuple(_whole(v) for v in value) if isinstance(value, list) else (_whole(value),)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{value!r} is not a whole number")
+    if abs(value) >= 2**31:
+        raise ValueError(f"{value} is too large")
+    return value
 
 
 def _refuse_unsupported(text: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -274,7 +332,9 @@ def _refuse_unsupported(text: Mapping[str, Any], config: Mapping[str, Any]) -> N
 
 
 def _layer_kinds(text: Mapping[str, Any]) -> tuple[LayerKind, ...]:
-    layers = int(text["num_hidden_layers"])
+    layers = _whole(text["num_hidden_layers"])
+    if not 1 <= layers <= _MOST_LAYERS:
+        raise CheckpointMismatch(f"config.json: num_hidden_layers is {layers}")
     named = text.get("layer_types")
     if named is None:
         period = _SLIDING_PER_FULL + 1
@@ -294,24 +354,27 @@ def _full_layers(text: Mapping[str, Any], kinds: tuple[LayerKind, ...]) -> tuple
     """Key heads and head size of full layers, from whichever dialect says so."""
     heads, size = text["num_key_value_heads"], _GLOBAL_HEAD_SIZE
     dialects: list[tuple[int, int]] = []
-    if (
-        text.get("global_head_dim") is not None
-        or text.get("num_global_key_value_heads") is not None
-    ):
-        shared = text.get("attention_k_eq_v", True)
-        own_heads = text.get("num_global_key_value_heads") if shared else None
-        dialects.append((int(own_heads or heads), int(text.get("global_head_dim") or size)))
+    own_heads, own_size = text.get("num_global_key_value_heads"), text.get("global_head_dim")
+    if own_heads is not None or own_size is not None:
+        dialects.append(
+            (
+                _whole(heads if own_heads is None else own_heads),
+                _whole(size if own_size is None else own_size),
+            )
+        )
     overrides = text.get("per_layer_config")
     if overrides is not None:
-        full = {str(i) for i, kind in enumerate(kinds) if kind == "full"}
+        # With ten layers or more the reference pads the numbers: "05".
+        overrides = {int(key): values for key, values in overrides.items()}
+        full = {i for i, kind in enumerate(kinds) if kind == "full"}
         if extra := set(overrides) - full:
             raise CheckpointMismatch(
                 f"config.json: per_layer_config overrides sliding layers {sorted(extra)}"
             )
         found = {
             (
-                int(overrides.get(i, {}).get("num_key_value_heads", heads)),
-                int(overrides.get(i, {}).get("head_dim", text["head_dim"])),
+                _whole(overrides.get(i, {}).get("num_key_value_heads", heads)),
+                _whole(overrides.get(i, {}).get("head_dim", text["head_dim"])),
             )
             for i in full
         }
@@ -323,7 +386,7 @@ def _full_layers(text: Mapping[str, Any], kinds: tuple[LayerKind, ...]) -> tuple
             "config.json: global_head_dim / num_global_key_value_heads say "
             f"(key heads, head size) {dialects[0]}, per_layer_config says {dialects[1]}"
         )
-    return dialects[0] if dialects else (int(heads), size)
+    return dialects[0] if dialects else (_whole(heads), size)
 
 
 def _rope(text: Mapping[str, Any], kind: LayerKind) -> Rope:
