@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,11 +137,12 @@ def _files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            named = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            named = sorted({os.fspath(name) for name in weight_map.values()})
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointMismatch(f"{index} is not a shard index: {error!r}") from None
+        if outside := [name for name in named if Path(name).name != name]:
+            raise CheckpointMismatch(f"{index} names a file outside the folder: {outside[0]}")
         absent = [name for name in named if not (folder / name).is_file()]
         if absent:
             raise CheckpointMissing(
