@@ -76,12 +76,13 @@ def _losses(engine: Infiller, texts: Sequence[str], seed: int) -> dict[str, floa
     """Nats a token of the encoder, and of a gap's text in the first pass from pure noise."""
     model, controls = engine.model, engine.controls
     assert controls is not None
-    builder = ExampleBuilder(texts, engine.tokenizer, controls, seed)
+    builder = ExampleBuilder(texts, engine.tokenizer, controls)
+    rng = random.Random(seed)
     draws = SeededDraws(seed, model.device)
     encoder: list[float] = []
     gap: list[float] = []
     for _ in range(_BATCHES):
-        batch = builder.batch(_SHAPE).to(model.device)
+        batch = builder.batch(_SHAPE, rng).to(model.device)
         for ids, labels, canvases, starts, gaps, heads in zip(
             batch.encoder,
             batch.encoder_labels,

@@ -12,7 +12,6 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,11 +112,10 @@ def choose_cut(text: str, at: int, rng: random.Random) -> Cut:
 
 
 class ExampleBuilder:
-    """Makes batches from texts, one random stream for each seed.
+    """Makes batches from texts.
 
     Args:
         texts: training files. tokenizer: vocabulary. controls: its control tokens.
-        seed: of the stream.
         weights: how often each text is taken; None: by its length.
     """
 
@@ -126,20 +124,20 @@ class ExampleBuilder:
         texts: Sequence[str],
         tokenizer: Tokenizer,
         controls: Controls,
-        seed: int,
         weights: Sequence[float] | None = None,
     ) -> None:
         if not texts:
             raise ValueError("no text to make examples from")
         self._texts, self._tokenizer, self._controls = texts, tokenizer, controls
-        self._rng = random.Random(seed)
+        self._rng = random.Random()
         self._sizes = list(itertools.accumulate(weights or [len(text) for text in texts]))
         sample = "".join(text[:4000] for text in self._rng.choices(texts, k=_MEASURED_TEXTS))
         # A window is cut so that it just fills the encoder.
         self._chars_per_token = 0.95 * len(sample) / max(1, len(tokenizer.encode(sample)))
 
-    def batch(self, shape: ExampleShape) -> Batch:
+    def batch(self, shape: ExampleShape, rng: random.Random) -> Batch:
         """A random batch."""
+        self._rng = rng
         rows = [self._sequence(shape) for _ in range(shape.sequences)]
         encoder = torch.zeros(shape.sequences, shape.encoder_tokens, dtype=torch.int64)
         labels = torch.full_like(encoder, IGNORED)
@@ -160,14 +158,6 @@ class ExampleBuilder:
                 canvas[b, c, shape.gap_tokens : end] = torch.tensor(after, dtype=torch.int64)
                 head[b, c, shape.gap_tokens : end] = True
         return Batch(encoder, labels, canvas, starts, gap, head, spare)
-
-    def state(self) -> tuple[Any, ...]:
-        """Where the random stream is, for `restore`."""
-        return self._rng.getstate()
-
-    def restore(self, state: tuple[Any, ...]) -> None:
-        """Go on where `state` was asked for."""
-        self._rng.setstate(state)
 
     def _sequence(self, shape: ExampleShape) -> tuple[list[int], list[_Canvas]]:
         """Encoder ids, and the canvases on them.

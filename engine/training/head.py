@@ -65,7 +65,10 @@ def head_loss(
     Returns:
         A differentiable scalar in weighted nats, and nats [T] without gradient.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
         total, nats = _HeadLoss.apply(hidden, embedding, labels, weights, softcap)  # type: ignore[no-untyped-call]
     return total, nats
 

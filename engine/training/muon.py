@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infilld.engine.model import DiffusionGemma
+
 # Coefficients of x -> a x + b x^3 + c x^5, steep at 0; the result has singular values near 1.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -75,3 +77,25 @@ def orthogonalised(matrices: Tensor) -> Tensor:
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return x.mT if tall else x
+
+
+def optimizers_of(
+    model: DiffusionGemma, learning_rate: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices between embeddings, AdamW for everything else."""
+    hidden, table, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            vectors.append(parameter)
+        elif name == "embed_tokens.weight" or ".router." in name:
+            table.append(parameter)
+        else:
+            hidden.append(parameter)
+    others = [
+        {"params": table, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [
+        Muon(hidden, learning_rate, weight_decay),
+        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), fused=True),
+    ]

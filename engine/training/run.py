@@ -18,6 +18,7 @@ from infilld.engine.infill import Infiller
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prompt import Controls
 from infilld.engine.training import corpus as corpora
+from infilld.engine.training.batches import Batches, workers_for
 from infilld.engine.training.card import write_card
 from infilld.engine.training.evaluate import evaluate
 from infilld.engine.training.examples import ExampleBuilder
@@ -55,7 +56,10 @@ def train(options: TrainOptions, say: Say = lambda line: None) -> dict[str, Any]
     recipe = RECIPES[options.size]
     _vocabulary(recipe, corpus, state, options.seed, say)
     trainer = _trainer(options, recipe, corpus, state, say)
-    trainer.run(lambda progress: say(describe(progress, options)), max_steps=options.max_steps)
+    try:
+        trainer.run(lambda progress: say(describe(progress, options)), max_steps=options.max_steps)
+    finally:
+        trainer.batches.close()
     export(trainer.averaged(), options.out, state)
     say(f"wrote {options.out}")
     return assess(options, corpus, trainer.progress, say)
@@ -152,8 +156,10 @@ def _trainer(
     initialise(model, options.seed)
     model.to(pick_device(options.device))
     texts = [file.text for file in corpus.training]
-    builder = ExampleBuilder(texts, tokenizer, controls, options.seed, _weights(corpus))
-    trainer = Trainer(model, recipe, builder, state, minutes=options.minutes, seed=options.seed)
+    builder = ExampleBuilder(texts, tokenizer, controls, _weights(corpus))
+    workers = workers_for(model.device.type)
+    batches = Batches(builder, recipe.shapes, options.seed, workers=workers)
+    trainer = Trainer(model, recipe, batches, state, minutes=options.minutes, seed=options.seed)
     if trainer.resume():
         say(f"going on after step {trainer.progress.steps}")
     parameters = sum(p.numel() for p in model.parameters())

@@ -10,16 +10,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from infilld.engine.errors import ModelError
 from infilld.engine.model import DiffusionGemma
-from infilld.engine.training.examples import ExampleBuilder, ExampleShape
+from infilld.engine.training.batches import Batches
 from infilld.engine.training.joint import JointPass, Losses
-from infilld.engine.training.muon import Muon
+from infilld.engine.training.muon import optimizers_of
+from infilld.engine.training.precision import bf16_pays
 from infilld.engine.training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -89,28 +89,28 @@ class Trainer:
     """Trains a model until its minutes are spent.
 
     Args:
-        model: initialised, on its device. recipe: numbers. builder: of examples.
-        state: folder of the checkpoint. minutes: over all runs. seed: of noise and shapes.
+        model: initialised, on its device. recipe: numbers. batches: to train on.
+        state: folder of the checkpoint. minutes: over all runs. seed: of noise.
     """
 
     def __init__(
         self,
         model: DiffusionGemma,
         recipe: Recipe,
-        builder: ExampleBuilder,
+        batches: Batches,
         state: Path,
         *,
         minutes: float,
         seed: int,
     ) -> None:
-        self.model, self.recipe, self.builder = model.train(), recipe, builder
+        self.model, self.recipe, self.batches = model.train(), recipe, batches
         self.state, self.limit_s = state, 60 * minutes
         self.progress = Progress()
-        self._rng = random.Random(seed)
+        self._seed = seed
         self._generator = torch.Generator().manual_seed(seed)
         self._pass = JointPass(model, self._generator)
         self.average = {name: tensor.clone() for name, tensor in _parameters(model)}
-        self._optimizers = _optimizers(model, recipe)
+        self._optimizers = optimizers_of(model, recipe.learning_rate, recipe.weight_decay)
 
     def resume(self) -> bool:
         """Go on from the checkpoint of the state folder; False when there is none."""
@@ -122,8 +122,6 @@ class Trainer:
         for optimizer, state in zip(self._optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self._generator.set_state(saved["generator"])
-        self._rng.setstate(saved["shapes"])
-        self.builder.restore(saved["examples"])
         for name, tensor in self.average.items():
             tensor.copy_(saved["average"][name])
         self.progress = Progress(**saved["progress"])
@@ -139,8 +137,6 @@ class Trainer:
                 "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
                 "average": self.average,
                 "generator": self._generator.get_state(),
-                "shapes": self._rng.getstate(),
-                "examples": self.builder.state(),
                 "progress": asdict(self.progress),
             },
             fresh,
@@ -179,14 +175,16 @@ class Trainer:
     def step(self) -> Losses:
         """One optimiser step on one batch."""
         started = time.monotonic()
-        shape = self._shape()
-        batch = self.builder.batch(shape).to(self.model.device)
+        device = self.model.device
+        batch = self.batches.take(self.progress.steps).to(device)
         rate = self.recipe.learning_rate * self.rate_share()
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        conditioned = self._rng.random() < self._condition_share()
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=fast_bf16(self.model)):
+        chance = random.Random(f"{self._seed}/{self.progress.steps}/conditioned").random()
+        conditioned = chance < self._condition_share()
+        self._pass.encoder_weight = self._encoder_weight()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays(device.type)):
             losses = self._pass.losses(batch, self_condition=conditioned)
         losses.total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
@@ -218,68 +216,14 @@ class Trainer:
         done = self.progress.elapsed_s / self.limit_s
         return 0.25 if done < 0.3 else 0.4 if done < 0.75 else 0.8
 
-    def _shape(self) -> ExampleShape:
-        shapes, shares = zip(*self.recipe.shapes, strict=True)
-        chosen: ExampleShape = self._rng.choices(shapes, shares)[0]
-        return chosen
+    def _encoder_weight(self) -> float:
+        """The canvas learns on what the encoder has learnt, then matters more."""
+        return 1.0 if self.progress.elapsed_s < 0.5 * self.limit_s else 0.5
 
     def _note(self) -> None:
         p = self.progress
         p.history.append([p.elapsed_s, p.encoder_nats, p.gap_nats])
 
 
-def _optimizers(model: DiffusionGemma, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between embeddings, AdamW for everything else."""
-    hidden, table, vectors = [], [], []
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            vectors.append(parameter)
-        elif name == "embed_tokens.weight" or ".router." in name:
-            table.append(parameter)
-        else:
-            hidden.append(parameter)
-    others = [
-        {"params": table, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [
-        Muon(hidden, recipe.learning_rate, recipe.weight_decay),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True),
-    ]
-
-
 def _parameters(model: DiffusionGemma) -> list[tuple[str, Tensor]]:
     return [(name, parameter.data) for name, parameter in model.named_parameters()]
-
-
-_BF16_PAYS: dict[str, bool] = {}
-
-
-def fast_bf16(model: DiffusionGemma) -> bool:
-    """Whether bfloat16 products are faster than float32 ones here; measured once.
-
-    CPUs with AVX-512 bf16 run them 4 to 5 times as fast, CPUs without it 10 times as slow.
-    """
-    kind = model.device.type
-    if kind == "cuda":
-        return True
-    if kind not in _BF16_PAYS:
-        wide = torch.randn(512, 512)
-        times = [_product_s(wide.to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
-        _BF16_PAYS[kind] = times[1] < times[0]
-    return _BF16_PAYS[kind]
-
-
-def _product_s(square: Tensor) -> float:
-    best = math.inf
-    for _ in range(3):
-        started = time.perf_counter()
-        square @ square
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def read_progress(state: Path) -> dict[str, Any]:
-    """What the last checkpoint says of a run."""
-    found: dict[str, Any] = json.loads((state / "progress.json").read_text())
-    return found

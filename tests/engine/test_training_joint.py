@@ -1,12 +1,14 @@
 """The joint training pass computes what the engine computes, and leaks nothing."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
 from tiny_infill import byte_tokenizer, tiny_config, tiny_model
 
 from infilld.engine.prompt import Controls
+from infilld.engine.training.batches import Batches
 from infilld.engine.training.examples import Batch, ExampleBuilder, ExampleShape
 from infilld.engine.training.joint import JointPass, canvas_mask, corrupt
 
@@ -22,7 +24,7 @@ SHAPE = ExampleShape(sequences=3, encoder_tokens=256, canvases=4, gap_tokens=24,
 
 @pytest.fixture
 def batch() -> Batch:
-    return ExampleBuilder(TEXTS, TOKENIZER, CONTROLS, seed=3).batch(SHAPE)
+    return ExampleBuilder(TEXTS, TOKENIZER, CONTROLS).batch(SHAPE, random.Random(3))
 
 
 def joint_logits(batch: Batch, canvas: torch.Tensor, belief: torch.Tensor | None) -> torch.Tensor:
@@ -66,6 +68,19 @@ def test_nothing_at_or_after_a_cut_reaches_its_canvas(batch: Batch) -> None:
     encoder[0, start - 1] = 101
     reached = joint_logits(dataclasses.replace(batch, encoder=encoder), canvas, None)
     assert not torch.equal(before[0, 1], reached[0, 1])
+
+
+def test_workers_make_the_same_batches() -> None:
+    builder = ExampleBuilder(TEXTS, TOKENIZER, CONTROLS)
+    alone, helped = (Batches(builder, [(SHAPE, 1.0)], 7, workers=n) for n in (0, 1))
+    try:
+        for step in (4, 5):
+            ours, theirs = alone.take(step), helped.take(step)
+            assert torch.equal(ours.encoder, theirs.encoder)
+            assert torch.equal(ours.canvas, theirs.canvas)
+        assert not torch.equal(alone.take(4).encoder, alone.take(5).encoder)
+    finally:
+        helped.close()
 
 
 def test_a_canvas_does_not_see_its_neighbours(batch: Batch) -> None:

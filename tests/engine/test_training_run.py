@@ -12,6 +12,7 @@ from infilld.engine.errors import RequestError
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prompt import Controls
 from infilld.engine.training import run
+from infilld.engine.training.batches import Batches
 from infilld.engine.training.examples import ExampleBuilder, ExampleShape
 from infilld.engine.training.recipe import RECIPES, Recipe, TrainOptions
 from infilld.engine.training.trainer import Trainer, initialise
@@ -45,9 +46,10 @@ def trainer(state: Path, recipe: Recipe = TOY) -> Trainer:
     assert controls is not None
     model = DiffusionGemma(recipe.model_config())
     initialise(model, 0)
-    builder = ExampleBuilder([source("a"), source("b")], tokenizer, controls, 0)
+    builder = ExampleBuilder([source("a"), source("b")], tokenizer, controls)
+    batches = Batches(builder, recipe.shapes, 0)
     # So many minutes that the clock does not touch the learning rate.
-    return Trainer(model, recipe, builder, state, minutes=1e6, seed=0)
+    return Trainer(model, recipe, batches, state, minutes=1e6, seed=0)
 
 
 def test_twenty_steps_lower_both_losses(tmp_path: Path) -> None:
