@@ -16,19 +16,23 @@ from infilld.engine.config import ModelConfig
 
 @dataclass
 class _Held:
-    """Keys and values [1, K, capacity, A] of one layer; `[0, count)` are valid."""
+    """Keys and values [1, K, capacity, A] of one layer.
+
+    `[0, count)` are valid; `pending` more follow them, which only a commit makes valid.
+    """
 
     keys: Tensor
     values: Tensor
     count: int = 0
+    pending: int = 0
 
 
 class PrefixCache:
     """The encoded prefix of one document.
 
     `append` is called once per layer and piece, then `commit` once; until `commit` the prefix
-    does not count as longer. Tensors returned by `append` and `join` are valid until the next
-    call that changes the cache.
+    is not longer, so a piece that fails half-way leaves no trace. Tensors returned by `append`
+    and `join` are valid until the next call that changes the cache.
 
     Args:
         config: shapes. device, dtype: of the stored tensors.
@@ -119,11 +123,14 @@ class PrefixCache:
         end = held.count + new
         held.keys[:, :, held.count : end] = key
         held.values[:, :, held.count : end] = value
-        held.count = end
+        held.pending = new
         return held.keys[:, :, :end], held.values[:, :, :end]
 
     def commit(self, tokens: Tensor) -> None:
         """Count tokens [N], whose keys every layer has appended, as part of the prefix."""
+        assert all(held.pending == len(tokens) for held in self._held)
+        for held in self._held:
+            held.count, held.pending = held.count + held.pending, 0
         self._ids += tokens.tolist()
 
     def join(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
