@@ -4,9 +4,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from infilld.engine.training.corpus import Corpus, Package
 from infilld.engine.training.recipe import TrainOptions
 from infilld.engine.training.trainer import Progress
+from infilld.engine.weights import inspect_checkpoint
+from infilld.engine.worker import pick_device
 
 CARD = "MODEL_CARD.md"
 
@@ -27,7 +31,16 @@ def _head(options: TrainOptions, progress: Progress) -> str:
 Made by `infilld train` in the layout of DiffusionGemma: a block-diffusion model whose prompt is
 read causally and whose canvas is refined by bidirectional passes. It is small and says so: it
 knows common Python and copies names from the context now and then. It knows no natural language
-and follows no instructions.
+and follows no instructions. It exists so that a fresh machine has something to run; for work, load
+a larger checkpoint.
+
+infilld uses it when no other model is configured. `transformers` opens it with
+`DiffusionGemmaForBlockDiffusion` and `AutoTokenizer`. Prompt:
+`<bos><|fim_suffix|>` suffix `<|fim_prefix|>` prefix; canvas: the gap, `<|filler|>` where it needs
+no text, then up to 16 tokens of the suffix, `<eos>` where the text ends. The vision tower holds
+zeros: the public class insists on one. Licence: Apache-2.0, as the project.
+
+{_shape(options)}
 
 ## Compute
 | | |
@@ -38,11 +51,26 @@ and follows no instructions.
 | gap positions seen | {progress.canvas_tokens:,} |
 | last encoder loss, smoothed | {progress.encoder_nats:.3f} nats a token |
 | last gap loss, smoothed, all noise, fillers too | {progress.gap_nats:.3f} nats a token |
-| machine | {platform.machine()}, device {options.device} |
+| machine | {platform.machine()}, device {pick_device(options.device)}, \
+{torch.get_num_threads()} threads |
 | seed | {options.seed} |
 
 `infilld train --size {options.size} --minutes {options.minutes:g} --out DIR` makes it again from
 the packages below; the clock decides the number of steps, so not bit for bit."""
+
+
+def _shape(options: TrainOptions) -> str:
+    found = inspect_checkpoint(options.out)
+    config = found.config
+    return f"""## Shape
+| | |
+|---|---|
+| parameters | {found.parameters:,}, {", ".join(found.dtypes)} |
+| vocabulary | {config.vocab_tokens:,} tokens, byte-level BPE, digits alone |
+| layers | {config.layers}, the last with full attention, the others {config.sliding_window} wide |
+| width | {config.width}; {config.heads} heads; dense MLP {config.dense_width} |
+| experts | {config.experts} of {config.expert_width}, {config.experts_per_token} for each token |
+| canvas | {config.canvas_tokens} tokens; prompt and canvas {config.max_positions} |"""
 
 
 def _quality(report: dict[str, Any]) -> str:
