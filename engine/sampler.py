@@ -117,14 +117,15 @@ def denoise_step(
     probabilities = scaled.softmax(-1)
     log_probabilities = scaled.log_softmax(-1)
     argmax = scaled.argmax(-1)
-    proposal = argmax if greedy else draws.sample(probabilities)
-    # p log p is 0 where p is 0; -inf logits would make it NaN.
-    entropy = -torch.where(probabilities > 0, probabilities * log_probabilities, 0.0).sum(-1)
+    # p log p is 0 where p is 0; -inf logits would make it NaN. A NaN of the model must stay one.
+    terms = torch.where(probabilities == 0, 0.0, probabilities * log_probabilities)
+    entropy = -terms.sum(-1)
     if not bool(entropy.isfinite().all()):
         raise ModelError(
             f"step {index}: the model's logits are not finite",
             remedy="The weights are damaged or the precision is too low: check the checkpoint.",
         )
+    proposal = argmax if greedy else draws.sample(probabilities)
     noise = draws.noise(rows, tokens, vocab)
     taken = accept(
         entropy,
