@@ -128,7 +128,7 @@ def our_generate(prompt: Tensor, seed: int, config: SamplerConfig = CONFIG) -> T
 
 # (prefix, seed): chosen so that texts end in the first, a middle and the last canvas or never,
 # canvases stop after 5 to 24 passes, and prefixes lie below, at and above the window.
-RUNS = [(5, 4), (20, 5), (33, 1), (5, 0), (7, 2), (8, 3), (5, 16), (33, 7)]
+RUNS = [(5, 4), (20, 5), (33, 1), (5, 0), (7, 2), (5, 16), (33, 7)]
 
 
 @functools.cache
@@ -148,10 +148,10 @@ def test_generate_gives_the_same_tokens(prefix: int, seed: int) -> None:
 def test_generate_gives_the_same_tokens_in_float64(name: str) -> None:
     # Wild checkpoints too: there are no rounding differences left for them to amplify.
     spec = CHECKPOINTS[name]
-    options = {"max_denoising_steps": 10, "max_new_tokens": 48}
-    config = replace(CONFIG, max_steps=10, max_new_tokens=48)
-    for seed in range(3):
-        prompt = random_tokens(spec, 6 + 7 * seed, seed)
+    options = {"max_denoising_steps": 10, "max_new_tokens": 32}
+    config = replace(CONFIG, max_steps=10, max_new_tokens=32)
+    for seed in range(2):
+        prompt = random_tokens(spec, 6 + 14 * seed, seed)
         expected = reference_generate(exact_reference(spec), prompt, seed, **options)
         found = generate(ours(spec, torch.float64), prompt, config, ReferenceDraws(seed))
         assert torch.equal(found, expected)

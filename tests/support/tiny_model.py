@@ -23,6 +23,9 @@ from torch import Tensor
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.weights import load_model
 
+# Tensors this small gain nothing from a second thread, and lose to whatever else is running.
+torch.set_num_threads(1)
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
