@@ -85,6 +85,11 @@ class Batch:
             *(getattr(self, name).to(device, non_blocking=True) for name in self.__annotations__)
         )
 
+    def split(self, parts: int) -> "list[Batch]":
+        """The same sequences in so many batches, or fewer where there are not enough."""
+        tensors = [getattr(self, name).chunk(parts) for name in self.__annotations__]
+        return [Batch(*pieces) for pieces in zip(*tensors, strict=True)]
+
 
 @dataclass(frozen=True)
 class Cut:

@@ -116,9 +116,9 @@ RECIPES: dict[SizeName, Recipe] = {
         expert_width=64,
         max_positions=512,
         shapes=(
-            (ExampleShape(sequences=5, encoder_tokens=384, canvases=8, gap_tokens=24), 0.7),
-            (ExampleShape(sequences=5, encoder_tokens=384, canvases=5, gap_tokens=48), 0.24),
-            (ExampleShape(sequences=5, encoder_tokens=384, canvases=3, gap_tokens=96), 0.06),
+            (ExampleShape(sequences=4, encoder_tokens=384, canvases=12, gap_tokens=24), 0.7),
+            (ExampleShape(sequences=4, encoder_tokens=384, canvases=8, gap_tokens=48), 0.24),
+            (ExampleShape(sequences=4, encoder_tokens=384, canvases=4, gap_tokens=96), 0.06),
         ),
         learning_rate=3e-3,
     ),

@@ -17,10 +17,10 @@ from torch import Tensor
 from infilld.engine.errors import ModelError
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.training.batches import Batches
-from infilld.engine.training.joint import JointPass, Losses
+from infilld.engine.training.joint import Losses
 from infilld.engine.training.muon import optimizers_of
-from infilld.engine.training.precision import bf16_pays
 from infilld.engine.training.recipe import Recipe
+from infilld.engine.training.side_by_side import SideBySide
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +107,7 @@ class Trainer:
         self.state, self.limit_s = state, 60 * minutes
         self.progress = Progress()
         self._seed = seed
-        self._generator = torch.Generator().manual_seed(seed)
-        self._pass = JointPass(model, self._generator)
+        self._parts = SideBySide(model)
         self.average = {name: tensor.clone() for name, tensor in _parameters(model)}
         self._optimizers = optimizers_of(model, recipe.learning_rate, recipe.weight_decay)
 
@@ -121,7 +120,6 @@ class Trainer:
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self._optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        self._generator.set_state(saved["generator"])
         for name, tensor in self.average.items():
             tensor.copy_(saved["average"][name])
         self.progress = Progress(**saved["progress"])
@@ -136,7 +134,6 @@ class Trainer:
                 "model": self.model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
                 "average": self.average,
-                "generator": self._generator.get_state(),
                 "progress": asdict(self.progress),
             },
             fresh,
@@ -181,12 +178,13 @@ class Trainer:
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        chance = random.Random(f"{self._seed}/{self.progress.steps}/conditioned").random()
-        conditioned = chance < self._condition_share()
-        self._pass.encoder_weight = self._encoder_weight()
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays(device.type)):
-            losses = self._pass.losses(batch, self_condition=conditioned)
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        rng = random.Random(f"{self._seed}/{self.progress.steps}/noise")
+        losses = self._parts.losses(
+            batch,
+            seed=rng.getrandbits(48),
+            self_condition=rng.random() < self._condition_share(),
+            encoder_weight=self._encoder_weight(),
+        )
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         for optimizer in self._optimizers:
             optimizer.step()
