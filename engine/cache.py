@@ -170,9 +170,11 @@ class PrefixCache:
             return
         # Drop what no trim may ask for before asking for more memory.
         size = capacity if keep + new <= capacity else max(2 * capacity, keep + new)
-        for name in ("keys", "values"):
-            old: Tensor = getattr(held, name)
-            fresh = old.new_empty(*old.shape[:2], size, old.shape[3])
+        # Both before either is replaced: running out of memory must leave the cache as it was.
+        grown = [
+            old.new_empty(*old.shape[:2], size, old.shape[3]) for old in (held.keys, held.values)
+        ]
+        for old, fresh in zip((held.keys, held.values), grown, strict=True):
             fresh[:, :, :keep] = old[:, :, held.count - keep : held.count]
-            setattr(held, name, fresh)
+        held.keys, held.values = grown
         held.count = keep

@@ -113,14 +113,16 @@ def banned_tokens(
 ) -> Tensor:
     """Tokens that a position may not take: [canvas_tokens, V] bool.
 
-    Control tokens but the filler never; the filler not in the first `min_tokens` positions;
-    line ends not where text follows on the line.
+    Control tokens but the filler never, and no carriage return; the filler not in the first
+    `min_tokens` positions; line ends not where text follows on the line.
     """
     banned = torch.zeros(canvas.canvas_tokens, vocab_tokens, dtype=torch.bool)
     never = sorted(tokenizer.control_ids - {controls.filler})
     banned[: canvas.gap_tokens, never] = True
     # Ids beyond the tokenizer's are padding of the embedding matrix.
     banned[: canvas.gap_tokens, tokenizer.vocab_tokens :] = True
+    # The model writes LF; the document's own line end is put in its place afterwards.
+    banned[: canvas.gap_tokens, list(tokenizer.carriage_return_ids)] = True
     if one_line:
         banned[: canvas.gap_tokens, list(tokenizer.newline_ids)] = True
     banned[:min_tokens, controls.filler] = True

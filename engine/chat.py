@@ -53,13 +53,14 @@ class ChatTemplate:
         Raises:
             CheckpointMismatch: not a Jinja template, or tokenizer_config.json is malformed.
         """
-        named = (folder / "tokenizer_config.json").is_file()
-        about = read_json(folder, "tokenizer_config.json") if named else {}
+        is_there = (folder / "tokenizer_config.json").is_file()
+        about = read_json(folder, "tokenizer_config.json") if is_there else {}
         path = folder / TEMPLATE
         source = path.read_text(encoding="utf-8") if path.is_file() else about.get("chat_template")
         if not isinstance(source, str):
             return None
-        return cls(source, {key: _content(about[key]) for key in about if key.endswith("_token")})
+        named = {key: _content(about[key]) for key in about if key.endswith("_token")}
+        return cls(source, {key: token for key, token in named.items() if token is not None})
 
     def render(
         self,
@@ -92,9 +93,10 @@ class ChatTemplate:
             ) from None
 
 
-def _content(token: Any) -> str:
-    # tokenizer_config.json spells a token as text, or as an object that holds it.
-    return str(token["content"] if isinstance(token, dict) and "content" in token else token)
+def _content(token: Any) -> str | None:
+    # tokenizer_config.json spells a token as text, or as an object that holds it, or as null.
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:

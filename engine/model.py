@@ -6,6 +6,8 @@
 Both directions use the same weights but for the layer scalars and the self-conditioning block.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,14 +74,25 @@ class DiffusionGemma(nn.Module):
         return torch.tanh(raw / self.config.softcap) * self.config.softcap
 
     @torch.no_grad()
-    def encode(self, tokens: Tensor, cache: PrefixCache) -> Tensor:
+    def encode(
+        self, tokens: Tensor, cache: PrefixCache, check: Callable[[], None] | None = None
+    ) -> Tensor:
         """Read tokens [N] causally; extends the cache by N positions.
+
+        Args:
+            tokens: ids [N] int64.
+            cache: the prefix so far.
+            check: called before every piece of a long prompt; what it raises ends the encoding,
+                and the pieces read so far stay in the cache.
 
         Returns:
             Normed hidden states [N, D] of these tokens; position i predicts token i + 1.
         """
-        pieces = torch.split(tokens, ENCODE_CHUNK_TOKENS)
-        parts = [self._encode_piece(piece, cache) for piece in pieces]
+        parts = []
+        for piece in torch.split(tokens, ENCODE_CHUNK_TOKENS):
+            if check is not None:
+                check()
+            parts.append(self._encode_piece(piece, cache))
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     @torch.no_grad()

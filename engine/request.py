@@ -28,6 +28,10 @@ Reason = Literal[
 ]
 
 
+# An hour: longer than anybody waits, and short enough for the arithmetic of clocks.
+MAX_DEADLINE_MS = 3_600_000
+
+
 @dataclass(frozen=True)
 class Span:
     """Half-open code-point range `[start, end)` that may change; empty means a gap."""
@@ -44,8 +48,8 @@ class InfillRequest:
         text: the document, or a window of it.
         spans: what may change, in code points of `text`.
         document: key under which a newer request supersedes this one; None: nothing does.
-        path: file name, for the prompt.
-        language: language identifier, for the prompt.
+        path: file name. language: language identifier. Both are taken for what is to come; no
+            prompt or filter reads them yet.
         instruction: what to do with the selected text.
         alternatives: how many different fills are wanted.
         min_tokens: fewest tokens of a fill; None: 0.
@@ -100,9 +104,10 @@ class InfillRequest:
             raise UnknownOption(
                 f"min_tokens {low} is more than max_tokens {high}", remedy="Swap the two bounds."
             )
-        if self.deadline_ms is not None and self.deadline_ms <= 0:
+        if self.deadline_ms is not None and not 0 < self.deadline_ms <= MAX_DEADLINE_MS:
             raise UnknownOption(
-                f"deadline_ms is {self.deadline_ms}", remedy="Give a deadline above 0 ms."
+                f"deadline_ms is {self.deadline_ms}",
+                remedy=f"Give a deadline above 0 and up to {MAX_DEADLINE_MS} ms.",
             )
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UnknownOption(
@@ -157,7 +162,7 @@ class CanvasUpdate:
     Attributes:
         seq: counts updates of this request from 0.
         canvas: counts canvases of a long answer from 0.
-        passes: forwards done so far on this canvas.
+        passes: forwards done so far for this request.
         spans: whole draft text of each span.
         revised: a settled prefix was taken back.
     """

@@ -101,7 +101,7 @@ def denoise_step(
         config: schedule and entropy budget.
         draws: random numbers; asked for one sample and one noise, in this order.
         pins: imposed positions.
-        banned: [V] bool, tokens no free position may take.
+        banned: [V] or [L, V] bool, tokens that free positions may not take.
         greedy: accepted positions take the argmax instead of a sample.
         impl: implementation of the acceptance operation, "gpu" or "reference".
 
@@ -159,8 +159,9 @@ def denoise(
     banned: Tensor | None = None,
     greedy: bool = False,
     on_step: Callable[[Step], None] | None = None,
+    is_late: Callable[[], bool] | None = None,
 ) -> Denoised:
-    """Refine canvases [R, L] until every row is done or the steps are spent.
+    """Refine canvases [R, L] until every row is done, it is late, or the steps are spent.
 
     A row's result is fixed in the pass in which its stop rule held; the others go on.
 
@@ -170,6 +171,7 @@ def denoise(
         config, draws, pins, banned, greedy: see `denoise_step`.
         stop: asked after every pass.
         on_step: called after every pass; what it raises ends the loop.
+        is_late: asked after every pass; a late canvas is returned as it is, not as converged.
     """
     if pins is not None:
         canvas = pins.impose(canvas)
@@ -194,7 +196,7 @@ def denoise(
         converged = converged | stop.done(history)
         if on_step is not None:
             on_step(step)
-        if bool(converged.all()):
+        if bool(converged.all()) or (is_late is not None and is_late()):
             break
         canvas, belief = step.canvas, step.belief
     assert result is not None

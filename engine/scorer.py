@@ -34,10 +34,10 @@ def score(
     """
     if cache.tokens == 0:
         raise ValueError("a candidate needs a prefix of at least one token")
-    last_hidden = _last_hidden(model, cache)
     longest = max(map(len, candidates), default=0)
     if longest == 0:
         return [torch.empty(0) for _ in candidates]
+    last_hidden = _last_hidden(model, cache)
     # Reading is causal: what stands behind a shorter candidate cannot reach it.
     rows = torch.zeros(len(candidates), longest, dtype=torch.int64)
     for row, candidate in enumerate(candidates):

@@ -1,6 +1,5 @@
 """Stop rules: when a canvas is done. Each is a frozen record with one method over the history."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -74,17 +73,6 @@ class LowEntropy:
         return total / free.sum(-1).clamp(min=1) < self.mean_nats
 
 
-@dataclass(frozen=True, kw_only=True)
-class Deadline:
-    """The clock has struck; `at` is a `time.monotonic()` reading, in seconds."""
-
-    at: float
-
-    def done(self, history: History) -> Tensor:
-        """All rows, or none."""
-        return ~_none(history) if time.monotonic() >= self.at else _none(history)
-
-
 @dataclass(frozen=True)
 class AllOf:
     """Every rule says so. No rule at all never does."""
@@ -96,19 +84,6 @@ class AllOf:
         if not self.rules:
             return _none(history)
         return torch.stack([rule.done(history) for rule in self.rules]).all(0)
-
-
-@dataclass(frozen=True)
-class AnyOf:
-    """At least one rule says so."""
-
-    rules: Sequence[StopRule]
-
-    def done(self, history: History) -> Tensor:
-        """Rows on which one agrees."""
-        if not self.rules:
-            return _none(history)
-        return torch.stack([rule.done(history) for rule in self.rules]).any(0)
 
 
 def reference_stop(config: SamplerConfig) -> StopRule:

@@ -30,6 +30,9 @@ class Tokenizer:
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, byte_level: bool) -> None:
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True
+        # A file saved after a truncating call carries that, and would cut prompts in silence.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._byte_level = byte_level
 
     @classmethod
@@ -79,6 +82,16 @@ class Tokenizer:
     def text(self, ids: Iterable[int]) -> str:
         """Text of the ids; bytes that form no character are left out."""
         return self.decode(ids).decode("utf-8", errors="ignore")
+
+    @cached_property
+    def longest_bytes(self) -> int:
+        """Bytes of the longest token: a text of n bytes has at least n / longest_bytes tokens."""
+        return max(map(len, self._bytes))
+
+    @cached_property
+    def carriage_return_ids(self) -> Sequence[int]:
+        """Ids whose text contains a carriage return."""
+        return [i for i, piece in enumerate(self._bytes) if b"\r" in piece]
 
     @cached_property
     def newline_ids(self) -> Sequence[int]:

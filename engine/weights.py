@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,34 +63,28 @@ def load_model(
         CheckpointMismatch: not a DiffusionGemma, or tensors and configuration disagree.
     """
     config = _read_config(folder)
-    with torch.device("meta"):
-        model = DiffusionGemma(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    expected.pop("encoder_scalars")
+    inventory = _Inventory(config)
     found: dict[str, Tensor] = {}
     scalars: dict[int, Tensor] = {}
-    skipped, head = 0, None
+    head = None
     for name, tensor in _tensors(folder):
-        if name.startswith(_VISION):
-            skipped += 1
-        elif name == _HEAD:
+        place = inventory.take(name, list(tensor.shape), str(tensor.dtype))
+        if place == _HEAD:
             head = tensor
-        elif (layer := _encoder_layer(name, config.layers)) is not None:
-            scalars[layer] = _shaped(name, tensor, torch.Size([1])).to(device, dtype)
-        else:
-            short = name.removeprefix(_DECODER)
-            if short == name or short not in expected:
-                raise _unexpected(name)
-            found[short] = _shaped(name, tensor, expected[short]).to(device, dtype)
-    _refuse_missing(expected.keys() - found.keys(), set(range(config.layers)) - scalars.keys())
+        elif isinstance(place, int):
+            scalars[place] = tensor.to(device, dtype)
+        elif place is not None:
+            found[place] = tensor.to(device, dtype)
+    inventory.refuse_missing()
     _refuse_untied(head, found["embed_tokens.weight"])
     found["encoder_scalars"] = torch.cat([scalars[i] for i in range(config.layers)])
+    model = inventory.model
     model.load_state_dict(found, assign=True)
     for rotation in model.rotations.values():
         assert isinstance(rotation, Rotation)
         rotation.frequencies = rotation.inverse_frequencies().to(device)
-    if skipped:
-        log.info("%s: skipped %d vision tensors, only text is read", folder, skipped)
+    if inventory.vision:
+        log.info("%s: skipped %d vision tensors, only text is read", folder, inventory.vision)
     return model.requires_grad_(False).eval()
 
 
@@ -97,25 +92,82 @@ def inspect_checkpoint(folder: Path) -> CheckpointSummary:
     """What a folder holds, from the headers alone.
 
     Raises:
-        CheckpointMissing, CheckpointMismatch: as `load_model`, except for tensor shapes.
+        CheckpointMissing, CheckpointMismatch: as `load_model`, but for what only the numbers
+            tell (an untied head).
     """
     config = _read_config(folder)
-    parameters = size = vision = 0
+    inventory = _Inventory(config)
+    parameters = size = 0
     dtypes: set[str] = set()
-    for path in _files(folder):
+    files = tuple(_files(folder))
+    for path in files:
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 -- a safetensors handle is no mapping
                 piece = file.get_slice(name)
-                count = int(torch.Size(piece.get_shape()).numel())
-                if name.startswith(_VISION):
-                    vision += 1
+                shape, dtype = list(piece.get_shape()), str(piece.get_dtype())
+                if inventory.take(name, shape, dtype) is None:
                     continue
+                count = math.prod(shape)
                 parameters += count
-                dtypes.add(str(piece.get_dtype()))
-                size += count * _DTYPE_BYTES.get(str(piece.get_dtype()), 1)
+                dtypes.add(dtype)
+                size += count * _DTYPE_BYTES.get(dtype, 1)
+    inventory.refuse_missing()
     return CheckpointSummary(
-        config, tuple(_files(folder)), parameters, size, vision, tuple(sorted(dtypes))
+        config, files, parameters, size, inventory.vision, tuple(sorted(dtypes))
     )
+
+
+class _Inventory:
+    """The tensors a configuration asks for, ticked off one by one.
+
+    Attributes:
+        model: without numbers yet. vision: tensors skipped so far.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        with torch.device("meta"):
+            self.model = DiffusionGemma(config)
+        self.vision = 0
+        self._layers = config.layers
+        self._missing = {name: list(t.shape) for name, t in self.model.state_dict().items()}
+        del self._missing["encoder_scalars"]
+        self._shapes = dict(self._missing)
+        self._missing_scalars = set(range(config.layers))
+        self._taken: set[str] = set()
+
+    def take(self, name: str, shape: list[int], dtype: str) -> str | int | None:
+        """Where a tensor of the file belongs.
+
+        Returns:
+            A name of the model's state, a layer whose encoder scalar it is, the head's name, or
+            None for a vision tensor.
+
+        Raises:
+            CheckpointMismatch: found twice, of another shape, quantized, or nobody asked for it.
+        """
+        if name in self._taken:
+            raise CheckpointMismatch(f"{name} is in two files")
+        self._taken.add(name)
+        if name.startswith(_VISION):
+            self.vision += 1
+            return None
+        if name == _HEAD:
+            return _HEAD
+        layer = _encoder_layer(name, self._layers)
+        if layer is not None:
+            _refuse_misfit(name, shape, [1], dtype)
+            self._missing_scalars.discard(layer)
+            return layer
+        short = name.removeprefix(_DECODER)
+        if short == name or short not in self._shapes:
+            raise _unexpected(name)
+        _refuse_misfit(name, shape, self._shapes[short], dtype)
+        self._missing.pop(short, None)
+        return short
+
+    def refuse_missing(self) -> None:
+        """Raise CheckpointMismatch if anything was not found."""
+        _refuse_missing(set(self._missing), self._missing_scalars)
 
 
 _DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
@@ -165,13 +217,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    seen: set[str] = set()
     for path in _files(folder):
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 -- a safetensors handle is no mapping
-                if name in seen:
-                    raise CheckpointMismatch(f"{path.name}: {name} is in two files")
-                seen.add(name)
                 yield name, file.get_tensor(name)
 
 
@@ -183,17 +231,15 @@ def _encoder_layer(name: str, layers: int) -> int | None:
     return int(number) if number.isdecimal() and int(number) < layers else None
 
 
-def _shaped(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
-    if tensor.shape != shape:
+def _refuse_misfit(name: str, shape: list[int], expected: list[int], dtype: str) -> None:
+    if shape != expected:
+        raise CheckpointMismatch(f"{name} is {shape}, config.json makes it {expected}")
+    # As torch writes a type, or as the file's header does.
+    if not dtype.startswith(("torch.float", "torch.bfloat", "F", "BF")):
         raise CheckpointMismatch(
-            f"{name} is {list(tensor.shape)}, config.json makes it {list(shape)}"
-        )
-    if not tensor.dtype.is_floating_point:
-        raise CheckpointMismatch(
-            f"{name} holds {tensor.dtype}, expected floating point",
+            f"{name} holds {dtype}, expected floating point",
             remedy="Use the unquantized checkpoint; quantized ones cannot be read yet.",
         )
-    return tensor
 
 
 def _unexpected(name: str) -> CheckpointMismatch:

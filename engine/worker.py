@@ -19,10 +19,11 @@ from typing import Literal
 
 import torch
 
-from infilld.engine.config import SamplerConfig
+from infilld.engine.config import ModelConfig, SamplerConfig
 from infilld.engine.errors import (
     Busy,
     Cancelled,
+    CheckpointMismatch,
     InfilldError,
     Loading,
     ModelError,
@@ -33,6 +34,7 @@ from infilld.engine.infill import Hooks, Infiller
 from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult
 from infilld.engine.tokenizer import Tokenizer
 from infilld.engine.weights import load_model
+from infilld.kernels._launch import KernelUnavailable, require_triton
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ class Job:
 
     request: InfillRequest
     on_canvas: OnCanvas | None
+    _withdraw: Callable[["Job"], None]
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     future: "Future[InfillResult]" = field(default_factory=Future)
     arrived_at: float = field(default_factory=time.monotonic)
@@ -67,6 +70,7 @@ class Job:
     def cancel(self) -> None:
         """Give the job up: takes effect within one pass, then `future` raises Cancelled."""
         self._cancelled.set()
+        self._withdraw(self)
 
     def supersede(self) -> None:
         """End the job with the reason `superseded`."""
@@ -129,7 +133,7 @@ class Worker:
         if not self._loaded.wait(timeout_s):
             raise Loading(f"{self.model_name} is still loading after {timeout_s:g} s")
         if self.failure is not None:
-            raise self.failure
+            raise self.failure.with_traceback(None)
 
     def submit(self, request: InfillRequest, on_canvas: OnCanvas | None = None) -> Job:
         """Queue a request; a live one of the same document is superseded.
@@ -138,17 +142,27 @@ class Worker:
             Loading: the model is not there yet; ModelError: it never will be.
             Busy: the queue is full.
         """
+        if self.failure is not None:
+            # Without its traceback: that would grow, and hold every request, at each raise.
+            raise self.failure.with_traceback(None)
         if self.state != "ready":
-            raise self.failure or Loading(f"{self.model_name} is still loading")
-        job = Job(request, on_canvas)
+            raise Loading(f"{self.model_name} is still loading")
+        job = Job(request, on_canvas, self._withdraw)
         with self._wake:
             if self._closing:
                 raise Busy("the daemon is stopping")
-            self._supersede(request.document)
-            if len(self._queue) >= MAX_QUEUED:
+            older = self._queued_of(request.document)
+            if len(self._queue) - len(older) >= MAX_QUEUED:
                 raise Busy(f"{len(self._queue)} requests are waiting")
+            for old in older:
+                self._queue.remove(old)
+            running = self._running
+            if running is not None and self._is_same(running, request.document):
+                running.supersede()
             self._queue.append(job)
             self._wake.notify()
+        for old in older:
+            self._answer(old, _superseded(old))
         return job
 
     def describe(self) -> dict[str, object]:
@@ -187,19 +201,26 @@ class Worker:
         """Stop after the running pass; every open job ends with Cancelled."""
         with self._wake:
             self._closing = True
-            for job in (*self._queue, self._running):
-                if job is not None:
-                    job.cancel()
+            open_jobs = [*self._queue, *([self._running] if self._running else [])]
             self._wake.notify()
+        for job in open_jobs:
+            job.cancel()
         if self._thread.is_alive():
             self._thread.join()
 
-    def _supersede(self, document: str | None) -> None:
-        if document is None:
-            return
-        for job in (*self._queue, self._running):
-            if job is not None and job.request.document == document:
-                job.supersede()
+    def _is_same(self, job: Job, document: str | None) -> bool:
+        return document is not None and job.request.document == document
+
+    def _queued_of(self, document: str | None) -> list[Job]:
+        return [job for job in self._queue if self._is_same(job, document)]
+
+    def _withdraw(self, job: Job) -> None:
+        """End a job that has not begun; one that runs ends at its next check."""
+        with self._wake:
+            if job not in self._queue:
+                return
+            self._queue.remove(job)
+        self._answer(job, Cancelled("the client went away"))
 
     def _work(self) -> None:
         try:
@@ -213,13 +234,24 @@ class Worker:
             return
         self.state = "ready"
         self._loaded.set()
-        while (job := self._next()) is not None:
-            self._run(self._engine, job)
-            with self._wake:
-                self._running = None
+        try:
+            while (job := self._next()) is not None:
+                self._answer(job, self._outcome(self._engine, job))
+                with self._wake:
+                    self._running = None
+        except BaseException as error:
+            # Nobody may wait for a thread that is gone.
+            log.exception("the worker's thread died")
+            self._fail(ModelError(f"the engine broke: {type(error).__name__}: {error}"))
 
     def _fail(self, error: InfilldError) -> None:
-        self.failure, self.state = error, "failed"
+        with self._wake:
+            self.failure, self.state = error, "failed"
+            open_jobs = [*self._queue, *([self._running] if self._running else [])]
+            self._queue.clear()
+        for job in open_jobs:
+            if not job.future.done():
+                self._answer(job, error)
         self._loaded.set()
 
     def _next(self) -> Job | None:
@@ -231,38 +263,33 @@ class Worker:
             self._running = self._queue.popleft()
             return self._running
 
-    def _run(self, engine: Infiller, job: Job) -> None:
-        started = time.monotonic()
-        queue_ms = 1e3 * (started - job.arrived_at)
-        hooks = Hooks(on_canvas=job.on_canvas, check=job.check, deadline_at=job.deadline_at)
+    def _outcome(self, engine: Infiller, job: Job) -> InfillResult | BaseException:
+        """Run a job; whatever goes wrong is its answer, never the thread's end."""
         try:
-            job.check()
+            queue_ms = 1e3 * (time.monotonic() - job.arrived_at)
+            hooks = Hooks(on_canvas=job.on_canvas, check=job.check, deadline_at=job.deadline_at)
             result = replace(engine.infill(job.request, hooks), id=job.id)
+            total_ms = 1e3 * (time.monotonic() - job.arrived_at)
+            timings = replace(result.timings, queue_ms=queue_ms, total_ms=total_ms)
+            return replace(result, timings=timings)
         except _Superseded:
-            result = InfillResult(
-                id=job.id,
-                seed=job.request.seed or 0,
-                reason="superseded",
-                why="A newer request for the same document took over.",
-            )
+            return _superseded(job)
         except InfilldError as error:
-            self._count(error.code)
-            job.future.set_exception(error)
-            return
+            return error
         except torch.OutOfMemoryError as error:
-            self._count(NotEnoughMemory.code)
-            job.future.set_exception(NotEnoughMemory(str(error)))
-            return
+            return NotEnoughMemory(str(error))
         except Exception as error:
             log.exception("job %s failed", job.id)
-            self._count(InfilldError.code)
-            job.future.set_exception(error)
+            return error
+
+    def _answer(self, job: Job, outcome: InfillResult | BaseException) -> None:
+        """Resolve a job that nobody else resolves: it was taken from the queue, or has run."""
+        if isinstance(outcome, InfillResult):
+            self._count(outcome.reason, outcome)
+            job.future.set_result(outcome)
             return
-        total = 1e3 * (time.monotonic() - job.arrived_at)
-        timings = replace(result.timings, queue_ms=queue_ms, total_ms=total)
-        result = replace(result, timings=timings)
-        self._count(result.reason, result)
-        job.future.set_result(result)
+        self._count(outcome.code if isinstance(outcome, InfilldError) else InfilldError.code)
+        job.future.set_exception(outcome)
 
     def _count(self, reason: str, result: InfillResult | None = None) -> None:
         with self._wake:
@@ -271,6 +298,15 @@ class Worker:
                 self._job_ms.append(result.timings.total_ms)
                 for name in ("passes", "prompt_tokens", "cached_tokens"):
                     self._totals[name] += getattr(result.usage, name)
+
+
+def _superseded(job: Job) -> InfillResult:
+    return InfillResult(
+        id=job.id,
+        seed=job.request.seed or 0,
+        reason="superseded",
+        why="A newer request for the same document took over.",
+    )
 
 
 def load_infiller(folder: Path, device: str = "auto") -> Infiller:
@@ -292,7 +328,29 @@ def load_infiller(folder: Path, device: str = "auto") -> Infiller:
         model = load_model(folder, device=chosen, dtype=dtype)
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(f"{folder} does not fit on {chosen}: {error}") from None
+    if tokenizer.vocab_tokens > model.config.vocab_tokens:
+        raise CheckpointMismatch(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_tokens} tokens, the model "
+            f"{model.config.vocab_tokens}"
+        )
+    if chosen.type == "cuda":
+        _refuse_without_kernels(model.config)
     return Infiller(model, tokenizer, SamplerConfig.from_folder(folder))
+
+
+def _refuse_without_kernels(config: ModelConfig) -> None:
+    """Say at load, not at the first request, that the GPU's kernels cannot run."""
+    try:
+        require_triton("accept")
+    except KernelUnavailable as error:
+        raise UnsupportedDevice(f"CUDA without kernels: {error}") from None
+    from infilld.kernels.gpu.accept import LARGEST_CANVAS_TOKENS
+
+    if config.canvas_tokens > LARGEST_CANVAS_TOKENS:
+        raise CheckpointMismatch(
+            f"config.json: a canvas of {config.canvas_tokens} positions, "
+            f"the GPU's kernels take {LARGEST_CANVAS_TOKENS}"
+        )
 
 
 def pick_device(wish: str) -> torch.device:

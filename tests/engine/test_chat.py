@@ -83,3 +83,12 @@ def test_a_template_cannot_reach_out() -> None:
 def test_a_broken_template_is_named() -> None:
     with pytest.raises(CheckpointMismatch, match="line 2"):
         ChatTemplate("{{ bos_token }}\n{% for %}")
+
+
+def test_a_null_token_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": None, "chat_template": "[{{ bos_token }}]"})
+    )
+    found = ChatTemplate.from_folder(tmp_path)
+    assert found is not None
+    assert found.render([]) == "[]"

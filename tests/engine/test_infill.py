@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_infill import byte_tokenizer, tiny_config, tiny_infiller, tiny_model
 
+from infilld.engine import gap
 from infilld.engine.config import SamplerConfig
 from infilld.engine.errors import (
     BadText,
@@ -18,6 +19,7 @@ from infilld.engine.errors import (
     Unsupported,
 )
 from infilld.engine.infill import Hooks, Infiller
+from infilld.engine.lines import line_end
 from infilld.engine.request import CanvasUpdate, InfillRequest, Span
 
 ENGINE = tiny_infiller()
@@ -43,8 +45,12 @@ def test_the_fill_is_text_and_the_rest_is_kept(text: str, data: st.DataObject) -
         (fill,) = choice.spans
         assert (fill.start, fill.end) == (start, end)
         fill.text.encode()
-        if "\r\n" in text:
-            assert "\n" not in fill.text.replace("\r\n", "")
+        kinds = {
+            "\r\n": fill.text.count("\r\n"),
+            "\n": fill.text.replace("\r\n", "").count("\n"),
+            "\r": fill.text.replace("\r\n", "").count("\r"),
+        }
+        assert {end for end, count in kinds.items() if count} <= {line_end(text, start)}
     assert bool(result.alternatives) == (result.reason == "ok")
 
 
@@ -112,20 +118,57 @@ def test_alternatives_differ_and_come_best_first() -> None:
     assert all(0 < c.spans[0].confidence <= 1 for c in choices)
 
 
-def test_updates_count_up_and_settled_text_is_never_lost_unsaid() -> None:
-    seen: list[CanvasUpdate] = []
-    ENGINE.infill(request(max_tokens=16), Hooks(on_canvas=seen.append))
-    assert [update.seq for update in seen] == list(range(len(seen)))
+def settled_is_kept(seen: list[CanvasUpdate]) -> bool:
+    """Every settled text stands at the start of the next draft, or that draft says otherwise."""
     for before, after in itertools.pairwise(seen):
         settled = before.spans[0].text[: before.spans[0].settled]
         kept = after.spans[0].text.startswith(settled) and after.spans[0].settled >= len(settled)
-        assert kept or after.revised
+        if not kept and not after.revised:
+            return False
+    return True
 
 
-def test_a_struck_deadline_ends_the_run_after_its_pass() -> None:
-    result = ENGINE.infill(request(), Hooks(deadline_at=time.monotonic() - 1))
+def test_updates_count_up_and_settled_text_is_never_lost_unsaid() -> None:
+    for seed in range(8):
+        seen: list[CanvasUpdate] = []
+        # Few tokens first, so that some of the gaps grow.
+        ENGINE.infill(request(TEXT, TEXT.index("1, 2"), seed=seed), Hooks(on_canvas=seen.append))
+        assert [update.seq for update in seen] == list(range(len(seen)))
+        assert settled_is_kept(seen)
+
+
+def test_nothing_is_settled_while_rows_compete() -> None:
+    seen: list[CanvasUpdate] = []
+    ENGINE.infill(request(alternatives=3), Hooks(on_canvas=seen.append))
+    assert {update.spans[0].settled for update in seen} == {0}
+
+
+def test_a_deadline_that_struck_before_starts_nothing() -> None:
+    result = tiny_infiller().infill(request(), Hooks(deadline_at=time.monotonic() - 1))
+    assert (result.reason, result.usage.passes) == ("deadline", 0)
+    assert result.why
+
+
+@pytest.mark.parametrize("shown", [0.0001, 1.1], ids=["all is certain", "nothing is"])
+def test_a_deadline_cuts_what_is_uncertain(shown: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gap, "_SHOWN_PROBABILITY", shown)
+    struck = time.monotonic() + 0.2
+    seen: list[CanvasUpdate] = []
+
+    def watch(update: CanvasUpdate) -> None:
+        seen.append(update)
+        time.sleep(max(0.0, struck - time.monotonic()))
+
+    result = ENGINE.infill(request(), Hooks(on_canvas=watch, deadline_at=struck))
     assert result.usage.passes == 1
-    assert result.reason in ("ok", "deadline")
+    texts = [choice.spans[0].text for choice in result.alternatives]
+    assert texts == ([seen[0].spans[0].text] if shown < 1 else [])
+    assert result.reason == ("ok" if texts else "deadline")
+
+
+def test_a_deadline_far_away_cuts_nothing() -> None:
+    late = ENGINE.infill(request(), Hooks(deadline_at=time.monotonic() + 3600))
+    assert late.alternatives == ENGINE.infill(request()).alternatives
 
 
 def test_what_a_check_raises_ends_the_run() -> None:
@@ -149,6 +192,8 @@ def test_what_a_check_raises_ends_the_run() -> None:
         ({"alternatives": 0}, RequestError),
         ({"min_tokens": 9, "max_tokens": 3}, RequestError),
         ({"deadline_ms": 0}, RequestError),
+        ({"deadline_ms": 10**400}, RequestError),
+        ({"seed": 2**63}, RequestError),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else value.__name__,
 )
@@ -170,6 +215,16 @@ def test_a_gap_that_cannot_fit_is_refused() -> None:
         ENGINE.infill(request(max_tokens=500))
     with pytest.raises(GapTooLong, match="selection"):
         ENGINE.infill(request("x" * 400, 10, 390))
+    with pytest.raises(GapTooLong, match="selection"):
+        ENGINE.infill(request("x" * 400, 10, 390, warm=True))
+
+
+def test_a_huge_selection_is_refused_at_once() -> None:
+    text = "x = 1\n" * 400_000
+    began = time.monotonic()
+    with pytest.raises(GapTooLong, match="at least"):
+        ENGINE.infill(request(text, 0, len(text)))
+    assert time.monotonic() - began < 2
 
 
 def test_what_this_model_cannot_do_is_said() -> None:

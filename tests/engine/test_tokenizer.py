@@ -63,3 +63,11 @@ def test_bad_files(tmp_path: Path) -> None:
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(CheckpointMismatch):
             Tokenizer.from_folder(tmp_path)
+
+
+def test_a_stored_truncation_is_not_obeyed(tmp_path: Path) -> None:
+    bare = tokenizers.Tokenizer(BPE(vocab={"a": 0, "<pad>": 1}, merges=[]))
+    bare.enable_truncation(max_length=4)
+    bare.enable_padding(length=9, pad_token="<pad>", pad_id=1)
+    bare.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_folder(tmp_path).encode("a" * 6) == [0] * 6
