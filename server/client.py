@@ -38,7 +38,11 @@ class ServerProblem(Exception):
 
 
 class Client:
-    """Blocking client of one daemon; `timeout_s` bounds each silence, not a whole stream."""
+    """Blocking client of one daemon.
+
+    `token` is empty where the daemon asks for none; `timeout_s` bounds each silence, not a whole
+    stream.
+    """
 
     def __init__(self, url: str, token: str, *, timeout_s: float = 120.0) -> None:
         self._options = _Options(url, token, timeout_s)
@@ -211,7 +215,8 @@ class _Options:
 
         return {
             "base_url": self._url,
-            "headers": {"Authorization": f"Bearer {self._token}"},
+            # A daemon without a token asks for none, and "Bearer " alone is no legal header.
+            "headers": {"Authorization": f"Bearer {self._token}"} if self._token else {},
             "timeout": httpx.Timeout(self._timeout_s, connect=CONNECT_S),
             # A proxy of the environment must not see what goes to loopback.
             "trust_env": False,

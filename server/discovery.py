@@ -41,7 +41,7 @@ class DaemonProblem(Problem):
 
 @dataclass(frozen=True)
 class Daemon:
-    """A daemon that listens; its model may still be loading."""
+    """A daemon that listens; its model may still be loading. `token` is empty when it has none."""
 
     url: str
     token: str
@@ -208,7 +208,8 @@ def _get(daemon: Daemon, path: str) -> Any:
         where.hostname or "", where.port or 0, timeout=_HEALTH_TIMEOUT_S
     )
     try:
-        link.request("GET", path, headers={"Authorization": f"Bearer {daemon.token}"})
+        headers = {"Authorization": f"Bearer {daemon.token}"} if daemon.token else {}
+        link.request("GET", path, headers=headers)
         return json.loads(link.getresponse().read(1 << 20))
     except (OSError, ValueError, http.client.HTTPException):
         return None

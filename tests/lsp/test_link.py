@@ -45,6 +45,14 @@ def start(tmp_path: Path) -> Any:
 Start = Callable[..., FakeEditor]
 
 
+def test_a_daemon_that_asks_for_no_token_is_used_without_one(start: Start, tmp_path: Path) -> None:
+    with live_server(tmp_path / "state", auth=False) as server:
+        assert server.token == ""
+        editor = start({"INFILLD_AUTH": "false"})
+        assert editor.items(URI, 0, 4, INVOKED) == FILLED
+        assert editor.status()["model"] == "fake"
+
+
 def test_without_a_daemon_the_answer_is_empty_and_says_why(start: Start) -> None:
     editor = start(daemonWaitMs=0)
     status = editor.wait_state("failed")

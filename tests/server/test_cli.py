@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fake_worker import Script
-from live_server import LiveServer
+from live_server import LiveServer, live_server
 
 from infilld.server import cli, models
 
@@ -148,6 +148,17 @@ def test_status_has_exactly_the_documented_keys(
         "device": "cpu",
         "loaded": True,
     }
+
+
+def test_without_auth_no_token_file_is_needed(
+    tmp_path: Path, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with live_server(tmp_path / "open", auth=False) as server:
+        assert not server.settings.token_file.exists()
+        assert run(server, "fill", path, "--at", "2:5", "--auth", "false") == 0
+        assert capfd.readouterr().out == "return 1"
+        assert run(server, "status", "--auth", "false") == 0
+        assert server.url in capfd.readouterr().out
 
 
 def test_status_while_loading(server: LiveServer, capfd: pytest.CaptureFixture[str]) -> None:
