@@ -94,14 +94,18 @@ class Document:
     ) -> Window:
         """The text around `[start, end)`: at most so many code points on each side.
 
-        A side that is cut is cut at a line where it has one.
+        A side that is cut is cut at a line, unless that would give up more than half of the side:
+        a document that seems to end at the span is worse than a line that is cut.
         """
         at, to = max(0, start - before), min(len(self.text), end + after)
         if at > 0:
             found = _LINE_END.search(self.text, at, start)
-            at = found.end() if found else at
+            at = found.end() if found and found.end() <= start - before // 2 else at
         if to < len(self.text):
-            to = max(self.text.rfind("\n", end, to) + 1, end) or to
+            least = max(end, end + after // 2 - 1)
+            # A carriage return in the last place may be the first half of a line end.
+            line_end = max(self.text.rfind("\n", least, to), self.text.rfind("\r", least, to - 1))
+            to = line_end + 1 if line_end >= 0 else to
         return Window(self.text[at:to], at, start - at, end - at)
 
     def replaced(self, start: int, end: int, text: str) -> bytes:

@@ -67,6 +67,25 @@ def test_a_window_is_cut_at_lines_where_there_are_some() -> None:
     assert window.text == "two\r\nthree\n"
 
 
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("near", [0, 3])
+def test_a_long_line_is_cut_rather_than_left_out(line_end: str, near: int) -> None:
+    """The model must not believe that the document starts or ends at the span."""
+    before = "a" * 200 + line_end + "b" * near
+    after = "c" * near + line_end + "d" * 200
+    window = document(before + after).window(len(before), len(before), before=40, after=40)
+    assert window.text == before[-40:] + after[:40]
+    one_line = document("a" * 200).window(100, 100, before=40, after=40)
+    assert (one_line.text, one_line.start) == ("a" * 80, 40)
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_a_window_ends_at_any_line_end(line_end: str) -> None:
+    text = f"one{line_end}two{line_end}three"
+    assert document(text).window(0, 0, after=10).text == f"one{line_end}two{line_end}"[:10]
+    assert document(text).window(0, 0, after=6).text == f"one{line_end}"
+
+
 def test_a_document_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "latin.py"
     path.write_bytes(b"caf\xe9\n")
