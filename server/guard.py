@@ -60,11 +60,12 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _check_head(self, scope: Scope) -> None:
-        port = scope["server"][1]
-        own = {f"{name}:{port}" for name in ("localhost", "127.0.0.1", "[::1]")}
+        address, port = scope["server"]
+        bound = f"[{address}]" if ":" in address else address
+        own = {f"{name}:{port}" for name in ("localhost", "127.0.0.1", "[::1]", bound)}
         hosts = _header(scope, b"host")
         if len(hosts) != 1 or hosts[0].lower() not in own:
-            raise Refused(403, "foreign_host", f"Host is {hosts}", f"Use {sorted(own)[0]}.")
+            raise Refused(403, "foreign_host", f"Host is {hosts}", f"Use {bound}:{port}.")
         origins = _header(scope, b"origin")
         if any(origin not in {f"http://{name}" for name in own} for origin in origins):
             raise Refused(403, "foreign_origin", f"Origin is {origins}: web pages are not served")

@@ -9,9 +9,11 @@ from urllib.parse import urlsplit
 
 import pytest
 from fake_worker import FakeWorker
-from live_server import LiveServer, live_server
+from live_server import LiveServer, live_server, serving
 
+from infilld.server.client import Client
 from infilld.server.guard import BODY_LIMIT_BYTES
+from infilld.server.settings import Settings
 
 GOOD = json.dumps({"text": "", "spans": [{"start": 0, "end": 0}]}).encode()
 
@@ -138,6 +140,26 @@ def test_anything_but_json_is_refused(server: LiveServer, kind: str) -> None:
 
 def test_json_with_a_charset_is_served(server: LiveServer) -> None:
     assert ask(server, content_type="Application/JSON; charset=utf-8")[0] == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "127.255.255.254", "::1"])
+def test_the_address_it_listens_on_is_served(tmp_path: Path, host: str) -> None:
+    wanted = Settings(state_dir=tmp_path / "state", host=host, port=0)
+    with serving(wanted, FakeWorker()) as found:
+        with Client(found.url, found.token) as client:
+            assert client.stats()["live_jobs"] == 0
+        bound = LiveServer(wanted, FakeWorker(), found.url, found.token)
+        assert ask(bound, origin=found.url)[0] == 200
+        port = urlsplit(found.url).port
+        for foreign in (f"evil.example:{port}", f"127.0.0.3:{port}"):
+            status, content, _ = ask(bound, host=foreign)
+            assert (status, code_of(content)) == (403, "foreign_host")
+            assert f"Use {urlsplit(found.url).netloc}." in str(content)
+
+
+def test_another_loopback_address_is_refused(server: LiveServer) -> None:
+    status, content, _ = ask(server, host=f"127.0.0.2:{urlsplit(server.url).port}")
+    assert (status, code_of(content)) == (403, "foreign_host")
 
 
 def test_a_body_that_says_it_is_too_large_is_refused_unread(server: LiveServer) -> None:
