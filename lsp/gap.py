@@ -9,7 +9,8 @@ from infilld.lsp.documents import Snapshot, with_line_feeds
 _WINDOW_STEP_CHARS = 8_192
 """The window starts at a multiple of this (then at a line), so that typing does not move it.
 
-A moving start would make every cached prompt useless."""
+A moving start would make every cached prompt useless. A line that begins or ends further away than
+this is cut: minified code has lines of megabytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +84,13 @@ def window(gap: Gap, before_chars: int, after_chars: int) -> Window:
     before, after = gap.before, gap.after
     start = max(0, len(before) - before_chars)
     start -= start % _WINDOW_STEP_CHARS
-    if start:
-        start = before.rfind("\n", 0, start) + 1
+    line_start = before.rfind("\n", 0, start) + 1
+    if start - line_start <= _WINDOW_STEP_CHARS:
+        start = line_start
     end = len(after)
     if end > after_chars:
-        end = after.find("\n", after_chars) + 1 or len(after)
+        line_end = after.find("\n", after_chars, after_chars + _WINDOW_STEP_CHARS) + 1
+        end = line_end or min(end, after_chars + _WINDOW_STEP_CHARS)
     kept = with_line_feeds(before[start:])
     return Window(text=kept + with_line_feeds(after[:end]), gap=len(kept))
 

@@ -167,3 +167,30 @@ def test_typing_does_not_move_the_start_of_the_window() -> None:
         for cursor in range(50_000, 50_200)
     }
     assert len(starts) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" * 1_900_000,
+        "first\n" + "x" * 1_900_000 + "\nlast",
+        "x" * 900_000 + "\n" + "y" * 8 + "\n" + "z" * 900_000,
+    ],
+)
+def test_a_long_line_is_cut(text: str) -> None:
+    cursor = 900_005
+    here = snapshot(text)
+    part = window(gap_in(here, cursor), 48_000, 12_000)
+    assert text[:cursor].endswith(part.text[: part.gap])
+    assert text[cursor:].startswith(part.text[part.gap :])
+    assert 48_000 <= part.gap <= 48_000 + 2 * 8_192
+    assert 12_000 <= len(part.text) - part.gap <= 12_000 + 8_192
+
+
+def test_typing_does_not_move_the_window_in_a_long_line() -> None:
+    text = "x." * 500_000
+    starts = {
+        cursor - window(gap_in(snapshot(text), cursor), 48_000, 12_000).gap
+        for cursor in range(500_000, 500_040)
+    }
+    assert len(starts) == 1
