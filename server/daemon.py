@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from infilld.server import ports
+from infilld.server import files, ports
 from infilld.server.discovery import (
     API,
     DaemonProblem,
@@ -158,7 +158,7 @@ def _publish(address: Path, url: str) -> None:
         "version": version("infilld"),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    _write_private(address, json.dumps(told))
+    files.put(address, json.dumps(told).encode(), mode=0o600)
     log.info("listening on %s", url)
 
 
@@ -170,14 +170,6 @@ def own_token(path: Path) -> str:
         token = ""
     if not token:
         token = secrets.token_urlsafe(32)
-        _write_private(path, token + "\n")
+        files.put(path, f"{token}\n".encode(), mode=0o600)
     path.chmod(0o600)
     return token
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Replace a file of the state folder in one step; only its owner can read it."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-    draft.replace(path)

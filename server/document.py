@@ -1,11 +1,10 @@
 """A document on disk: read, addressed by line and column, changed in one span and nowhere else."""
 
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from infilld.server import files
 from infilld.server.settings import Problem
 
 BEFORE_CHARS = 64_000
@@ -119,26 +118,13 @@ class Document:
         Raises:
             DocumentProblem: it changed since it was read, or cannot be written.
         """
-        target = Path(os.path.realpath(self.path))  # a link stays a link
         try:
-            mode = target.stat().st_mode
-            descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            try:
-                with os.fdopen(descriptor, "wb") as draft:
-                    draft.write(data)
-                    draft.flush()
-                    os.fsync(descriptor)
-                    os.fchmod(descriptor, mode & 0o7777)
-                self._refuse_change(target)
-                os.replace(name, target)
-            except BaseException:
-                os.unlink(name)
-                raise
+            files.put(self.path, data, check=self._refuse_change)
         except OSError as error:
             raise DocumentProblem(f"cannot write {self.path}: {error.strerror}") from error
 
-    def _refuse_change(self, target: Path) -> None:
-        if target.read_bytes() != self.raw:
+    def _refuse_change(self) -> None:
+        if self.path.read_bytes() != self.raw:
             raise DocumentProblem(
                 f"{self.path} changed while the model was writing",
                 remedy="Nothing was written; run the command again.",

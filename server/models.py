@@ -5,12 +5,11 @@ import json
 import os
 import re
 import sys
-import tempfile
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 
-from infilld.server import discovery, settings
-from infilld.server.settings import STARTER, Settings, SettingsProblem
+from infilld.server import discovery, files, settings
+from infilld.server.settings import STARTER, Problem, Settings, SettingsProblem
 
 _MODEL_LINE = re.compile(r"^[ \t]*model[ \t]*=.*$", re.MULTILINE)
 _FIRST_TABLE = re.compile(r"^[ \t]*\[", re.MULTILINE)
@@ -28,6 +27,7 @@ def run(options: argparse.Namespace, wanted: Settings) -> int:
 
     Raises:
         SettingsProblem: no folder given where one is needed.
+        Problem: the configuration cannot be written.
         ModelError: the folder is no checkpoint that can be read.
     """
     if options.action == "list":
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace, wanted: Settings) -> int:
 def folder_of(model: str) -> Path:
     """The checkpoint folder of a name or a path."""
     if model == STARTER:
-        return Path(str(files("infilld.engine") / "starter"))
+        return Path(str(resources.files("infilld.engine") / "starter"))
     return Path(os.path.abspath(Path(model).expanduser()))
 
 
@@ -139,9 +139,12 @@ def _use(name: str, wanted: Settings) -> int:
     inspect(folder, wanted.device)
     model = STARTER if name == STARTER else str(folder)
     path = settings.config_folder() / "config.toml"
-    path.parent.mkdir(parents=True, exist_ok=True)
     old = path.read_text(encoding="utf-8") if path.exists() else ""
-    _replace(path, with_model(old, model))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.put(path, with_model(old, model).encode())
+    except OSError as error:
+        raise Problem(f"cannot write {path}: {error.strerror}") from error
     sys.stdout.write(f"model = {model} in {path}\n")
     if discovery.running_pid(wanted) is not None:
         sys.stdout.write("The running daemon keeps its model until: infilld stop\n")
@@ -158,10 +161,3 @@ def with_model(toml: str, model: str) -> str:
     if _MODEL_LINE.search(top):
         return _MODEL_LINE.sub(lambda _: line, top, count=1) + rest
     return f"{line}\n{top}{rest}"
-
-
-def _replace(path: Path, text: str) -> None:
-    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=".config.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(draft, path)
