@@ -7,9 +7,13 @@ import re
 import sys
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infilld.server import discovery, files, settings
 from infilld.server.settings import STARTER, Problem, Settings, SettingsProblem
+
+if TYPE_CHECKING:
+    import torch
 
 _MODEL_LINE = re.compile(r"^[ \t]*model[ \t]*=.*$", re.MULTILINE)
 _FIRST_TABLE = re.compile(r"^[ \t]*\[", re.MULTILINE)
@@ -61,7 +65,7 @@ def inspect(folder: Path, device: str) -> dict[str, object]:
     found, chosen = inspect_checkpoint(folder), pick_device(device)
     # As the worker loads it: two bytes a parameter on a GPU, four on a CPU.
     needed_bytes = found.parameters * (2 if chosen.type == "cuda" else 4)
-    available_bytes = _available_bytes(chosen.type)
+    available_bytes = _available_bytes(chosen)
     config = found.config
     return {
         "folder": str(folder),
@@ -82,11 +86,11 @@ def inspect(folder: Path, device: str) -> dict[str, object]:
     }
 
 
-def _available_bytes(device_type: str) -> int | None:
-    if device_type == "cuda":
+def _available_bytes(device: "torch.device") -> int | None:
+    if device.type == "cuda":
         import torch
 
-        return int(torch.cuda.mem_get_info()[0])
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         told = Path("/proc/meminfo").read_text()
     except OSError:

@@ -60,3 +60,21 @@ def test_a_configuration_that_cannot_be_written_stays(
     assert f"cannot write {config}: No space left on device" in capfd.readouterr().err
     assert config.read_text() == "# mine\nport = 0\n"
     assert os.listdir(config.resolve().parent) == ["infilld.toml"]
+
+
+@needs_starter
+def test_free_memory_is_that_of_the_chosen_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from infilld.engine import worker
+
+    free_bytes = {torch.device("cuda:0"): 1, torch.device("cuda:1"): 1 << 40}
+    monkeypatch.setattr(worker, "pick_device", torch.device)
+    monkeypatch.setattr(
+        torch.cuda,
+        "mem_get_info",
+        lambda device=torch.device("cuda:0"): (free_bytes[device], 1 << 40),
+    )
+    assert not models.inspect(STARTER_FOLDER, "cuda:0")["fits"]
+    report = models.inspect(STARTER_FOLDER, "cuda:1")
+    assert (report["device"], report["available_bytes"]) == ("cuda:1", 1 << 40)
