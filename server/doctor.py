@@ -106,7 +106,7 @@ def _device(wanted: Settings) -> str:
 
 def _model(wanted: Settings) -> str:
     folder = models.folder_of(wanted.model)
-    report = models.inspect(folder, wanted.device)
+    report = models.inspect_usable(folder, wanted.device)
     needed, parameters = report["needed_bytes"], report["parameters"]
     assert isinstance(needed, int)
     assert isinstance(parameters, int)

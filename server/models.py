@@ -86,6 +86,19 @@ def inspect(folder: Path, device: str) -> dict[str, object]:
     }
 
 
+def inspect_usable(folder: Path, device: str) -> dict[str, object]:
+    """As `inspect`, for a folder that a daemon is to load: it needs a tokenizer too.
+
+    Raises:
+        ModelError: a daemon could not load it.
+    """
+    from infilld.engine.tokenizer import Tokenizer
+
+    report = inspect(folder, device)
+    Tokenizer.from_folder(folder)
+    return report
+
+
 def _available_bytes(device: "torch.device") -> int | None:
     if device.type == "cuda":
         import torch
@@ -140,7 +153,7 @@ def _megabytes(count: object) -> str:
 def _use(name: str, wanted: Settings) -> int:
     """Configure a model; what the daemon has loaded stays until it is started again."""
     folder = folder_of(name)
-    inspect(folder, wanted.device)
+    inspect_usable(folder, wanted.device)
     model = STARTER if name == STARTER else str(folder)
     path = settings.config_folder() / "config.toml"
     old = path.read_text(encoding="utf-8") if path.exists() else ""

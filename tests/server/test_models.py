@@ -1,6 +1,8 @@
 """`infilld models use`: what it accepts, and what it does to the configuration."""
 
+import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -70,11 +72,45 @@ def test_free_memory_is_that_of_the_chosen_device(monkeypatch: pytest.MonkeyPatc
 
     free_bytes = {torch.device("cuda:0"): 1, torch.device("cuda:1"): 1 << 40}
     monkeypatch.setattr(worker, "pick_device", torch.device)
-    monkeypatch.setattr(
-        torch.cuda,
-        "mem_get_info",
-        lambda device=torch.device("cuda:0"): (free_bytes[device], 1 << 40),
-    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes[device], 1 << 40))
     assert not models.inspect(STARTER_FOLDER, "cuda:0")["fits"]
     report = models.inspect(STARTER_FOLDER, "cuda:1")
     assert (report["device"], report["available_bytes"]) == ("cuda:1", 1 << 40)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the starter model."""
+    return Path(shutil.copytree(STARTER_FOLDER, tmp_path / "copy"))
+
+
+@needs_starter
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, "holds no tokenizer.json"), ("{}", "is not a tokenizer")],
+    ids=["absent", "damaged"],
+)
+def test_a_folder_without_a_tokenizer_is_not_used(
+    own_home: Path,
+    folder: Path,
+    content: str | None,
+    words: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = folder / "tokenizer.json"
+    path.unlink() if content is None else path.write_text(content)
+    assert cli.main(["models", "use", str(folder)]) == 1
+    said, remedy = capfd.readouterr().err.splitlines()
+    assert words in said
+    assert remedy.strip()
+    assert not (own_home / "config").exists()
+    assert cli.main(["doctor", "--json", "--model", str(folder), "--device", "cpu"]) == 1
+    checks = {check["name"]: check for check in json.loads(capfd.readouterr().out)}
+    assert words in checks["model"]["found"]
+
+
+@needs_starter
+def test_a_whole_folder_is_used(own_home: Path, folder: Path) -> None:
+    assert cli.main(["models", "use", str(folder)]) == 0
+    path = own_home / "config" / "infilld" / "config.toml"
+    assert path.read_text() == f'model = "{folder}"\n'
