@@ -47,6 +47,8 @@ def body(code: str, message: str, remedy: str = "") -> dict[str, object]:
 # The log has the traceback; the message may quote source text and stays inside.
 INTERNAL = body("internal", "an unexpected error", "Look into: infilld logs")
 
+_IN_RANGE = "Give a number in this range; GET /openapi.json has the bounds."
+
 
 def body_of(error: InfilldError) -> dict[str, object]:
     """The error object of one of our errors."""
@@ -108,6 +110,9 @@ def explain(found: Sequence[Mapping[str, Any]]) -> dict[str, object]:
     if kind == "value_error" and "lone surrogate" in first["msg"]:
         detail = str(first["ctx"]["error"])
         return body("bad_text", f"{detail} of {key}", errors.BadText.remedy)
+    if kind in ("greater_than_equal", "less_than_equal"):
+        # The code the engine gives to numbers out of range.
+        return body(errors.UnknownOption.code, f"{key}: {first['msg']}", _IN_RANGE)
     return body(
         "bad_request", f"{key or 'body'}: {first['msg']}", "GET /openapi.json has the types."
     )

@@ -22,8 +22,16 @@ Text = Annotated[str, AfterValidator(_refuse_lone_surrogates)]
 """A string that can be encoded; every surrogate is part of a pair."""
 
 
+MAX_DEADLINE_MS = 3_600_000
+MAX_SEED = 2**63 - 1
+MAX_TOKENS = 1_000_000
+
 # JSON's own types only: neither "3" nor 3.0 nor true is a count.
 Count = Annotated[int, Field(strict=True)]
+# Bounded, for whoever computes with them: a clock, a generator, an allocation.
+Deadline = Annotated[int, Field(strict=True, ge=1, le=MAX_DEADLINE_MS)]
+Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)]
+TokenCount = Annotated[int, Field(strict=True, ge=0, le=MAX_TOKENS)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -71,10 +79,10 @@ class InfillRequest(_Request):
     pins: list[Pin] | None = None
     draft: list[Text | None] | None = None
     n: Count = 1
-    min_tokens: Count | None = None
-    max_tokens: Count | None = None
-    deadline_ms: Count | None = None
-    seed: Count | None = None
+    min_tokens: TokenCount | None = None
+    max_tokens: TokenCount | None = None
+    deadline_ms: Deadline | None = None
+    seed: Seed | None = None
     stream: Flag = False
     think: Flag = False
     warm: Flag = False

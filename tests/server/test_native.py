@@ -135,6 +135,41 @@ def test_a_bad_request_is_a_400_with_a_code(
     assert shared.worker.jobs == []
 
 
+@pytest.mark.parametrize(
+    ("key", "highest"),
+    [
+        ("deadline_ms", wire.MAX_DEADLINE_MS),
+        ("seed", wire.MAX_SEED),
+        ("min_tokens", wire.MAX_TOKENS),
+        ("max_tokens", wire.MAX_TOKENS),
+    ],
+)
+def test_numbers_have_bounds(server: LiveServer, key: str, highest: int) -> None:
+    """The highest is one the engine's own record takes; beyond it nothing reaches the engine."""
+    assert post(server, BODY | {key: highest}).status_code == 200
+    for number in (highest + 1, 10**400, -1, -(10**400)):
+        for is_streamed in (False, True):
+            got = post(server, BODY | {key: number, "stream": is_streamed})
+            assert (got.status_code, error_of(got)["code"]) == (400, "unknown_option")
+            assert key in error_of(got)["message"]
+            assert len(got.content) < 1_000
+    assert len(server.worker.jobs) == 1
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 10_000, "1e400", "NaN", "-Infinity", "1e3"])
+@pytest.mark.parametrize(
+    "key", ["deadline_ms", "seed", "min_tokens", "max_tokens", "n", "start", "end"]
+)
+def test_a_number_that_is_no_count_is_a_400(shared: LiveServer, key: str, number: str) -> None:
+    span = {"start": "0", "end": "0"} | ({key: number} if key in ("start", "end") else {})
+    more = "" if key in span else f', "{key}": {number}'
+    spans = f'[{{"start": {span["start"]}, "end": {span["end"]}}}]'
+    got = post(shared, f'{{"text": "a", "spans": {spans}{more}}}'.encode())
+    assert got.status_code == 400
+    error_of(got)
+    assert shared.worker.jobs == []
+
+
 def test_an_unknown_key_is_named(shared: LiveServer) -> None:
     got = error_of(post(shared, BODY | {"spans": [{"start": 0, "end": 0, "ned": 1}]}))
     assert "spans.0.ned" in got["message"]
