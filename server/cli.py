@@ -15,6 +15,7 @@ from typing import Any
 from infilld.server import discovery, fill, models, settings, train
 from infilld.server.client import Client, ServerProblem
 from infilld.server.document import PositionProblem
+from infilld.server.flags import MANY, whole
 from infilld.server.settings import Problem, Settings, SettingsProblem
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
@@ -63,13 +64,17 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     verb("stop", _stop, "stop the daemon")
     _add_json(verb("status", _status, "say whether the daemon runs"))
     logs = verb("logs", _logs, "print the end of the daemon's log")
-    logs.add_argument("-n", "--lines", type=int, default=100, help="how many lines")
+    logs.add_argument(
+        "-n", "--lines", type=whole(0, MANY), default=100, metavar="N", help="how many lines"
+    )
     # Only listed here: main has handled it already.
     verbs.add_parser("lsp", help="the bridge for editors, on stdin and stdout")
     models.add_flags(verb("models", models.run, "what is configured, what a checkpoint holds"))
     _add_json(verb("doctor", _doctor, "check this machine"))
     bench = verb("bench", _bench, "measure encode, pass and infill times")
-    bench.add_argument("--repeats", type=int, default=15, help="runs of each measurement")
+    bench.add_argument(
+        "--repeats", type=whole(1, MANY), default=15, metavar="N", help="runs of each measurement"
+    )
     _add_json(bench)
     train.add_flags(verb("train", _train, "make a starter model from source code"))
     return parser
@@ -165,7 +170,7 @@ def _told(wanted: Settings) -> dict[str, object]:
 def _logs(options: argparse.Namespace, wanted: Settings) -> int:
     try:
         with wanted.log_file.open(encoding="utf-8", errors="replace") as log:
-            sys.stdout.writelines(deque(log, maxlen=max(0, options.lines)))
+            sys.stdout.writelines(deque(log, maxlen=options.lines))
     except FileNotFoundError:
         sys.stderr.write(f"infilld: no log at {wanted.log_file}\n")
     return DONE

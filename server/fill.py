@@ -9,6 +9,7 @@ from pathlib import Path
 from infilld.server import discovery, wire
 from infilld.server.client import Client
 from infilld.server.document import Document, PositionProblem, Window
+from infilld.server.flags import whole
 from infilld.server.settings import Settings
 from infilld.server.watch import harmless, watch
 
@@ -33,9 +34,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--to", metavar="LINE:COL", type=position, help="end of what is replaced")
     parser.add_argument("--instruction", metavar="T", help="what to do with the selected text")
-    parser.add_argument("-n", type=int, default=1, choices=range(1, 9), metavar="N", help="answers")
-    parser.add_argument("--seed", type=int, help="of every random draw")
-    parser.add_argument("--deadline-ms", type=int, help="show what is certain by then")
+    parser.add_argument("-n", type=whole(1, 8), default=1, metavar="N", help="answers")
+    parser.add_argument(
+        "--seed", type=whole(0, wire.MAX_SEED), metavar="N", help="of every random draw"
+    )
+    parser.add_argument(
+        "--deadline-ms",
+        type=whole(1, wire.MAX_DEADLINE_MS),
+        metavar="N",
+        help="show what is certain by then",
+    )
     parser.add_argument("--watch", action="store_true", help="show the canvas being refined")
     parser.add_argument("--json", action="store_true", help="print the whole reply")
     parser.add_argument("--write", action="store_true", help="change the document")

@@ -5,10 +5,15 @@ import json
 import sys
 from pathlib import Path
 
+from infilld.server import wire
+from infilld.server.flags import MANY, above_zero, whole
 from infilld.server.settings import Settings
 
 OPTIONS = ("sources", "out", "state", "minutes", "size", "fresh", "seed", "max_steps")
 """The fields of `TrainOptions` that are flags of the verb; `device` is a setting."""
+
+MOST_MINUTES = 600_000
+"""More than a year."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -24,13 +29,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the finished model")
     parser.add_argument("--state", metavar="DIR", type=Path, help="what an interrupted run needs")
-    parser.add_argument("--minutes", metavar="N", type=float, help="of training, resumed runs too")
+    parser.add_argument(
+        "--minutes",
+        metavar="N",
+        type=above_zero(MOST_MINUTES),
+        help="of training, resumed runs too",
+    )
     parser.add_argument("--size", choices=("cpu", "gpu"), help="about 2 M or 20 M parameters")
     parser.add_argument(
         "--fresh", action="store_const", const=True, help="forget an interrupted run"
     )
-    parser.add_argument("--seed", metavar="N", type=int, help="of every random draw")
-    parser.add_argument("--max-steps", metavar="N", type=int, help="end the run early")
+    parser.add_argument(
+        "--seed", metavar="N", type=whole(0, wire.MAX_SEED), help="of every random draw"
+    )
+    parser.add_argument("--max-steps", metavar="N", type=whole(1, MANY), help="end the run early")
     parser.add_argument("--json", action="store_true", help="print the evaluation as JSON")
 
 

@@ -1,0 +1,43 @@
+"""Types of the command line's numbers, for argparse: out of range is bad usage."""
+
+import argparse
+from collections.abc import Callable
+
+MANY = 1_000_000_000
+"""The highest count where nothing but memory and patience sets a bound."""
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A reader of whole numbers from `low`, which is 0 or more, to `high`, both included."""
+
+    def read(text: str) -> int:
+        # Python's own reading takes 1_000, signs, spaces and digits of every script.
+        digits = (text.lstrip("0") or "0") if text.isascii() and text.isdigit() else ""
+        if not 1 <= len(digits) <= len(str(high)) or not low <= int(digits) <= high:
+            raise argparse.ArgumentTypeError(
+                f"{_shown(text)}: expected a whole number from {low} to {high}"
+            )
+        return int(digits)
+
+    return read
+
+
+def above_zero(high: float) -> Callable[[str], float]:
+    """A reader of numbers above 0 and up to `high`."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = 0.0
+        if not 0 < number <= high:  # refuses nan too
+            raise argparse.ArgumentTypeError(
+                f"{_shown(text)}: expected a number above 0 and up to {high:g}"
+            )
+        return number
+
+    return read
+
+
+def _shown(text: str) -> str:
+    return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"
