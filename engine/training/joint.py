@@ -14,14 +14,17 @@ from infilld.engine.config import LayerKind
 from infilld.engine.layers import Attend, Rotary
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.training.examples import IGNORED, Batch
-from infilld.engine.training.head import believed_embedding, head_loss
+from infilld.engine.training.head import believe, head_loss
 
 # Positions that are given count a little, so that their belief stays meaningful.
 _HEAD_WEIGHT = 0.1
 # Fillers far behind the end of a fill are many and easy.
 _SPARE_WEIGHT = 0.2
-_FULL_NOISE = 0.3
+_FULL_NOISE = 0.5
 _TEMPERATURES = (0.4, 1.0)
+# The sampler's entropy budget, and up to so many times as much: as later steps have it.
+_BUDGET_NATS = 0.1
+_BUDGET_SPREAD = 100.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,18 @@ def corrupt(batch: Batch, vocab_tokens: int, generator: torch.Generator) -> Tens
     hit = (torch.rand(shape, generator=generator) < rate[..., None]).to(device) & batch.gap
     noise = torch.randint(vocab_tokens, shape, generator=generator).to(device)
     return torch.where(hit, noise, batch.canvas)
+
+
+def accept_by_entropy(entropy_nats: Tensor, budget_nats: Tensor) -> Tensor:
+    """Positions [B, C, L] bool the sampler accepts: the surest, while the rest of them fit.
+
+    Args:
+        entropy_nats: [B, C, L], infinite where nothing may be accepted. budget_nats: [B, C].
+    """
+    ordered, place = entropy_nats.sort(-1)
+    before = ordered.cumsum(-1) - ordered
+    fits = (before <= budget_nats[..., None]) & ordered.isfinite()
+    return torch.zeros_like(fits).scatter(-1, place, fits)
 
 
 def encoder_mask(tokens: int, window: int | None, device: torch.device) -> Tensor:
@@ -88,24 +103,26 @@ class JointPass:
     ) -> None:
         self.model, self.generator, self.encoder_weight = model, generator, encoder_weight
 
-    def losses(self, batch: Batch, *, self_condition: bool) -> Losses:
+    def losses(self, batch: Batch, *, unrolled_steps: int) -> Losses:
         """Causal loss of the encoder plus the loss of noised canvases.
 
         Args:
             batch: clean examples.
-            self_condition: first run a pass without gradient, and give its belief to the second.
+            unrolled_steps: denoising steps taken without gradient before the pass that is scored.
+                It then sees what the sampler would hand it: the model's own accepted tokens, fresh
+                noise everywhere else, and its belief. Without them a small model, which cannot
+                tell how much of a canvas is noise, learns to repeat whatever token it sees.
         """
-        config = self.model.config
         keys: list[tuple[Tensor, Tensor]] = []
         encoder_loss = self._causal_loss(self._encode(batch, keys), batch)
-        noised = corrupt(batch, config.vocab_tokens, self.generator)
         attend, positions = self._attend_canvas(batch, keys), self._positions(batch)
-        signal = None
-        if self_condition:
-            with torch.no_grad():
-                hidden = self._denoise(noised.flatten(1), None, attend, positions)
-                signal = self._signal(hidden, batch)
-        hidden = self._denoise(noised.flatten(1), signal, attend, positions)
+        canvas = corrupt(batch, self.model.config.vocab_tokens, self.generator)
+        signal: Tensor | None = None
+        with torch.no_grad():
+            for _ in range(unrolled_steps):
+                hidden = self._denoise(canvas.flatten(1), signal, attend, positions)
+                canvas, signal = self._step(hidden, batch)
+        hidden = self._denoise(canvas.flatten(1), signal, attend, positions)
         used = (batch.gap | batch.head).flatten(1)
         labels = batch.canvas.flatten(1)[used]
         in_gap = batch.gap.flatten(1)[used]
@@ -125,20 +142,29 @@ class JointPass:
         model = self.model
         return head_loss(hidden, model.embed_tokens.weight, labels, weights, model.config.softcap)
 
-    def _signal(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """What the sampler feeds back [B, C * L, D]: beliefs in the gap, the truth in the head."""
-        model = self.model
+    def _step(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The next canvas [B, C, L], and what the sampler feeds back [B, C * L, D].
+
+        Heads stay what they are, in the canvas and in the belief.
+        """
+        model, shape, device = self.model, batch.canvas.shape, hidden.device
         gap = batch.gap.flatten(1)
-        # The sampler hands logits on after dividing by its temperature.
         low, high = _TEMPERATURES
-        heat = low + (high - low) * torch.rand(batch.canvas.shape[:2], generator=self.generator)
-        heat = heat.to(hidden.device)[..., None].expand(batch.canvas.shape).flatten(1)
-        rows = believed_embedding(
-            hidden[gap], model.embed_tokens.weight, model.config.softcap, heat[gap]
-        )
+        heat = low + (high - low) * torch.rand(shape[:2], generator=self.generator)
+        heat = heat.to(device)[..., None].expand(shape).flatten(1)
+        table = model.embed_tokens.weight
+        belief = believe(hidden[gap], table, model.config.softcap, heat[gap])
         signal = model.embed(batch.canvas.flatten(1)).to(hidden.dtype)
-        signal[gap] = rows * model.config.width**0.5
-        return signal
+        signal[gap] = belief.embedding * model.config.width**0.5
+        entropy = torch.full(shape, torch.inf, device=device)
+        entropy[batch.gap] = belief.entropy_nats
+        spread = torch.rand(shape[:2], generator=self.generator)
+        accepted = accept_by_entropy(entropy, (_BUDGET_NATS * _BUDGET_SPREAD**spread).to(device))
+        noise = torch.randint(model.config.vocab_tokens, shape, generator=self.generator)
+        canvas = torch.where(batch.gap, noise.to(device), batch.canvas)
+        argmax = torch.zeros_like(canvas)
+        argmax[batch.gap] = belief.argmax
+        return torch.where(accepted, argmax, canvas), signal
 
     def _encode(self, batch: Batch, keys: list[tuple[Tensor, Tensor]]) -> Tensor:
         model = self.model

@@ -37,13 +37,13 @@ class SideBySide:
         )
 
     def losses(
-        self, batch: Batch, *, seed: int, self_condition: bool, encoder_weight: float
+        self, batch: Batch, *, seed: int, unrolled_steps: int, encoder_weight: float
     ) -> Losses:
         """Mean losses of the parts of a batch; leaves the mean gradient in the weights.
 
         Args:
             batch: clean examples. seed: of the noise.
-            self_condition, encoder_weight: see `JointPass`.
+            unrolled_steps, encoder_weight: see `JointPass`.
         """
 
         def run(number: int, part: Batch) -> tuple[Losses, tuple[Tensor | None, ...]]:
@@ -51,7 +51,7 @@ class SideBySide:
             work = JointPass(self._model, generator, encoder_weight=encoder_weight)
             device = self._model.device.type
             with torch.autocast(device, torch.bfloat16, enabled=bf16_pays(device)):
-                losses = work.losses(part, self_condition=self_condition)
+                losses = work.losses(part, unrolled_steps=unrolled_steps)
             return losses, torch.autograd.grad(losses.total, self._weights, allow_unused=True)
 
         parts = batch.split(self._parts)

@@ -182,7 +182,7 @@ class Trainer:
         losses = self._parts.losses(
             batch,
             seed=rng.getrandbits(48),
-            self_condition=rng.random() < self._condition_share(),
+            unrolled_steps=self._unrolled_steps(rng.random()),
             encoder_weight=self._encoder_weight(),
         )
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
@@ -209,10 +209,11 @@ class Trainer:
         left = 1.0 - self.progress.elapsed_s / self.limit_s
         return rise * max(0.0, min(1.0, left / self.recipe.decay_share))
 
-    def _condition_share(self) -> float:
-        """Rare while predictions mean little, usual at the end, as at inference."""
+    def _unrolled_steps(self, chance: float) -> int:
+        """None mostly while predictions mean little; later one or two, as at inference."""
         done = self.progress.elapsed_s / self.limit_s
-        return 0.25 if done < 0.3 else 0.4 if done < 0.75 else 0.8
+        share = 0.25 if done < 0.3 else 0.4 if done < 0.6 else 0.65
+        return 0 if chance >= share else 2 if chance < 0.3 * share else 1
 
     def _encoder_weight(self) -> float:
         """The canvas learns on what the encoder has learnt, then matters more."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from infilld.engine.training.head import believed_embedding, head_loss
+from infilld.engine.training.head import believe, head_loss
 
 SOFTCAP = 30.0
 
@@ -37,11 +37,14 @@ def test_no_row_is_no_loss() -> None:
     assert not len(nats)
 
 
-def test_the_expected_embedding_is_that_of_the_softmax() -> None:
+def test_a_belief_is_that_of_the_softmax() -> None:
     draw = torch.Generator().manual_seed(0)
     hidden, table = torch.randn(200, 12, generator=draw), torch.randn(40, 12, generator=draw)
     heat = 0.4 + torch.rand(200, generator=draw)
     logits = torch.tanh(F.linear(hidden, table) / SOFTCAP) * SOFTCAP
-    wanted = (logits / heat[:, None]).softmax(-1) @ table
-    found = believed_embedding(hidden, table, SOFTCAP, heat)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    shares = (logits / heat[:, None]).softmax(-1)
+    found = believe(hidden, table, SOFTCAP, heat)
+    torch.testing.assert_close(found.embedding, shares @ table, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.argmax, logits.argmax(-1))
+    entropy = torch.distributions.Categorical(shares).entropy()
+    torch.testing.assert_close(found.entropy_nats, entropy, atol=1e-4, rtol=1e-4)

@@ -10,7 +10,12 @@ from tiny_infill import byte_tokenizer, tiny_config, tiny_model
 from infilld.engine.prompt import Controls
 from infilld.engine.training.batches import Batches
 from infilld.engine.training.examples import Batch, ExampleBuilder, ExampleShape
-from infilld.engine.training.joint import JointPass, canvas_mask, corrupt
+from infilld.engine.training.joint import (
+    JointPass,
+    accept_by_entropy,
+    canvas_mask,
+    corrupt,
+)
 
 TOKENIZER = byte_tokenizer()
 CONTROLS = Controls.of(TOKENIZER)
@@ -121,3 +126,29 @@ def test_examples_are_text_in_order(batch: Batch) -> None:
             joined = TOKENIZER.decode([*prefix[-12:], *middle, *body])
             assert any(joined in text.encode() for text in TEXTS), joined
             assert body == head or head[-1] == CONTROLS.eos
+
+
+def test_acceptance_takes_the_surest_while_the_others_fit() -> None:
+    entropy = torch.tensor([[[0.5, 0.01, torch.inf, 0.04, 0.2], [3.0, torch.inf, 2.0, 5.0, 4.0]]])
+    accepted = accept_by_entropy(entropy, torch.tensor([[0.1, 0.1]]))
+    assert accepted.tolist() == [
+        [[False, True, False, True, True], [False, False, True, False, False]]
+    ]
+    assert accept_by_entropy(entropy, torch.tensor([[8.9, 8.9]])).sum() == 7
+
+
+def test_an_unrolled_canvas_is_what_the_sampler_would_hand_on(batch: Batch) -> None:
+    model = tiny_model(tiny_config(TOKENIZER.vocab_tokens))
+    run = JointPass(model, torch.Generator().manual_seed(0))
+    keys: list[tuple[torch.Tensor, torch.Tensor]] = []
+    run._encode(batch, keys)
+    attend, positions = run._attend_canvas(batch, keys), run._positions(batch)
+    hidden = run._denoise(batch.canvas.flatten(1), None, attend, positions)
+    canvas, signal = run._step(hidden, batch)
+    assert torch.equal(canvas[batch.head], batch.canvas[batch.head])
+    assert torch.equal(signal[batch.head.flatten(1)], model.embed(batch.canvas[batch.head]))
+    believed = model.logits(hidden).argmax(-1).view_as(canvas)
+    kept = (canvas == believed) & batch.gap
+    # At least the surest position of every canvas, and noise elsewhere.
+    assert kept.any(-1)[batch.gap.any(-1)].all()
+    assert (canvas != believed)[batch.gap].any()
