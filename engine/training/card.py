@@ -29,10 +29,9 @@ def _head(options: TrainOptions, progress: Progress) -> str:
     return f"""# A small infilling model for Python
 
 Made by `infilld train` in the layout of DiffusionGemma: a block-diffusion model whose prompt is
-read causally and whose canvas is refined by bidirectional passes. It is small and says so: it
-knows common Python and copies names from the context now and then. It knows no natural language
-and follows no instructions. It exists so that a fresh machine has something to run; for work, load
-a larger checkpoint.
+read causally and whose canvas is refined by bidirectional passes. It is small; "Quality"
+below tells how often it is right. It knows no natural language and follows no instructions. It
+exists so that a fresh machine has something to run; for work, load a larger checkpoint.
 
 infilld uses it when no other model is configured. `transformers` opens it with
 `DiffusionGemmaForBlockDiffusion` and `AutoTokenizer`. Prompt:
