@@ -13,9 +13,9 @@ from torch import Tensor
 from infilld.engine.cache import PrefixCache
 from infilld.engine.canvas import (
     GapCanvas,
+    GapKind,
     banned_tokens,
     first_gap_tokens,
-    gap_kind,
     head_of,
     read_gap,
 )
@@ -68,6 +68,7 @@ class GapPlan:
 def plan_gap(
     request: InfillRequest,
     span: Span,
+    kind: GapKind,
     prompt: InfillPrompt,
     tokenizer: Tokenizer,
     controls: Controls,
@@ -79,8 +80,6 @@ def plan_gap(
         GapTooLong: a bound, or the selection, does not fit a canvas.
     """
     selection = request.text[span.start : span.end]
-    # A line of the neighbourhood is all the kind depends on, whatever the document's line ends.
-    kind = gap_kind(unix(request.text[: span.start]), unix(request.text[span.end :]))
     head = head_of(prompt, controls)
     room = max(1, config.canvas_tokens - len(head))
     selected = _selected_tokens(selection, room, tokenizer)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from infilld.engine.canvas import gap_kind
 from infilld.engine.config import SamplerConfig
 from infilld.engine.errors import Unsupported
 from infilld.engine.gap import GapRun, plan_gap
@@ -86,15 +87,11 @@ class Infiller:
         span, controls = self._accepted(request)
         seed = secrets.randbits(63) if request.seed is None else request.seed
         result = InfillResult(id=secrets.token_hex(8), seed=seed)
-        prompt = infill_prompt(
-            self.tokenizer,
-            controls,
-            unix(request.text[: span.start]),
-            unix(request.text[span.end :]),
-            self.prompt_tokens,
-        )
+        prefix, suffix = unix(request.text[: span.start]), unix(request.text[span.end :])
+        prompt = infill_prompt(self.tokenizer, controls, prefix, suffix, self.prompt_tokens)
         # Before anything is computed: a gap that cannot fit is refused, not tried.
-        plan = plan_gap(request, span, prompt, self.tokenizer, controls, self.model.config)
+        kind = gap_kind(prefix, suffix)
+        plan = plan_gap(request, span, kind, prompt, self.tokenizer, controls, self.model.config)
         encoded = started
 
         def check() -> None:

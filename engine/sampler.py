@@ -12,6 +12,7 @@ Source: arXiv 2505.24857 (entropy bound); transformers 5.23.0, generation_diffus
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def denoise_step(
     pins: Pins | None = None,
     banned: Tensor | None = None,
     greedy: bool = False,
-    impl: str = "reference",
+    impl: Literal["gpu", "reference"] = "reference",
 ) -> Step:
     """Turn the logits of a pass into the next canvas.
 
@@ -103,7 +104,7 @@ def denoise_step(
         pins: imposed positions.
         banned: [V] or [L, V] bool, tokens that free positions may not take.
         greedy: accepted positions take the argmax instead of a sample.
-        impl: implementation of the acceptance operation, "gpu" or "reference".
+        impl: implementation of the acceptance operation.
 
     Raises:
         ModelError: the logits are not finite; nothing that follows would mean anything.
@@ -134,7 +135,7 @@ def denoise_step(
         None if pins is None else pins.mask,
         None if pins is None else pins.tokens,
         budget_nats=config.entropy_budget_nats,
-        impl="gpu" if impl == "gpu" else "reference",
+        impl=impl,
     )
     return Step(
         index=index,
@@ -180,7 +181,7 @@ def denoise(
     result: Tensor | None = None
     belief: Tensor | None = None
     converged = torch.zeros(canvas.shape[0], dtype=torch.bool, device=canvas.device)
-    impl = "gpu" if canvas.is_cuda else "reference"
+    impl: Literal["gpu", "reference"] = "gpu" if canvas.is_cuda else "reference"
     for index in range(config.max_steps):
         logits = model.denoise(canvas, cache, belief)
         step = denoise_step(

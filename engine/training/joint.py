@@ -15,6 +15,7 @@ from infilld.engine.layers import Attend, Rotary
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.training.examples import IGNORED, Batch
 from infilld.engine.training.head import believe, head_loss
+from infilld.kernels.accept import accept
 
 # Positions that are given count a little, so that their belief stays meaningful.
 _HEAD_WEIGHT = 0.1
@@ -56,10 +57,20 @@ def accept_by_entropy(entropy_nats: Tensor, budget_nats: Tensor) -> Tensor:
     Args:
         entropy_nats: [B, C, L], infinite where nothing may be accepted. budget_nats: [B, C].
     """
-    ordered, place = entropy_nats.sort(-1)
-    before = ordered.cumsum(-1) - ordered
-    fits = (before <= budget_nats[..., None]) & ordered.isfinite()
-    return torch.zeros_like(fits).scatter(-1, place, fits)
+    rows = entropy_nats.flatten(0, 1)
+    # The operation takes one budget for all rows: entropies are measured in units of their own.
+    scaled = rows * (_BUDGET_NATS / budget_nats.flatten())[:, None]
+    unused = torch.zeros_like(rows, dtype=torch.int64)
+    taken = accept(
+        scaled,
+        unused,
+        unused,
+        ~rows.isfinite(),
+        unused,
+        budget_nats=_BUDGET_NATS,
+        impl="gpu" if rows.is_cuda else "reference",
+    )
+    return taken.accepted.view_as(entropy_nats)
 
 
 def encoder_mask(tokens: int, window: int | None, device: torch.device) -> Tensor:

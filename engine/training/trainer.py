@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import math
 import os
 import random
@@ -21,8 +20,6 @@ from infilld.engine.training.joint import Losses
 from infilld.engine.training.muon import optimizers_of
 from infilld.engine.training.recipe import Recipe
 from infilld.engine.training.side_by_side import SideBySide
-
-log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
 _CHECKPOINT_S = 180.0

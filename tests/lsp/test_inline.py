@@ -31,7 +31,7 @@ def bridge(
         state_dir=live.settings.state_dir,
         encodings=request.param,
         options=options,
-        root="file:///work",
+        root="file:///project",
     ) as editor:
         editor.initialize()
         editor.wait_state("ready")
@@ -49,7 +49,7 @@ def worker(live: LiveServer) -> Iterator[FakeWorker]:
 
 @pytest.fixture
 def uri() -> str:
-    return f"file:///work/src/{next(_numbers)}.py"
+    return f"file:///project/src/{next(_numbers)}.py"
 
 
 def at(line: int, character: int) -> dict[str, int]:
@@ -70,7 +70,7 @@ def test_a_gap_is_filled(bridge: FakeEditor, worker: FakeWorker, uri: str) -> No
     asked = worker.jobs[0].request
     assert asked.text == "# 😀é\ndef f():\n    ret\n# end"
     assert [(span.start, span.end) for span in asked.spans] == [(21, 21)]
-    assert (asked.path, asked.language) == (uri.removeprefix("file:///work/"), "python")
+    assert (asked.path, asked.language) == (uri.removeprefix("file:///project/"), "python")
     assert (asked.alternatives, asked.deadline_ms) == (1, 20_000)
     assert asked.document is not None
     assert asked.document.endswith(uri)
@@ -251,7 +251,7 @@ def test_bytes_outside_the_span_are_identical(
     """Whatever the fill, the document before and after the gap stays as it is."""
     places = [o for o in range(len(text) + 1) if text[max(0, o - 1) : o + 1] != "\r\n"]
     cursor = data.draw(st.sampled_from(places))
-    uri = f"file:///work/{next(_numbers)}.py"
+    uri = f"file:///project/{next(_numbers)}.py"
     live.worker.jobs.clear()
     live.worker.script = Script(texts=(fill,), drafts=())
     bridge.open(uri, text)
