@@ -36,12 +36,16 @@ class Tokenizer:
         self._byte_level = byte_level
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Tokenizer":
+    def from_folder(cls, folder: Path, model_vocab_tokens: int | None = None) -> "Tokenizer":
         """Read `tokenizer.json`.
+
+        Args:
+            folder: checkpoint.
+            model_vocab_tokens: V of the model that is to read its ids; None: not checked.
 
         Raises:
             CheckpointMissing: no such file.
-            CheckpointMismatch: not a tokenizer of a known kind.
+            CheckpointMismatch: not a tokenizer of a known kind, or one that has ids beyond V.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -52,7 +56,12 @@ class Tokenizer:
             loaded = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the library raises bare Exception on malformed files
             raise CheckpointMismatch(f"{path} is not a tokenizer: {error}") from None
-        return cls(loaded, byte_level='"ByteLevel"' in decoder)
+        made = cls(loaded, byte_level='"ByteLevel"' in decoder)
+        if model_vocab_tokens is not None and made.vocab_tokens > model_vocab_tokens:
+            raise CheckpointMismatch(
+                f"{path} has {made.vocab_tokens} tokens, the model {model_vocab_tokens}"
+            )
+        return made
 
     @property
     def vocab_tokens(self) -> int:

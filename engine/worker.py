@@ -320,7 +320,8 @@ def load_infiller(folder: Path, device: str = "auto") -> Infiller:
         ModelError: the folder or the device will not do.
     """
     chosen = pick_device(device)
-    tokenizer = Tokenizer.from_folder(folder)
+    # Before the weights: what cannot be used is refused in a moment, not after minutes.
+    tokenizer = Tokenizer.from_folder(folder, ModelConfig.from_folder(folder).vocab_tokens)
     # bfloat16 products are 4 to 5 times as fast as float32 only on CPUs that have them, and a
     # starter-sized model is bound by launches, not products: float32 is exact everywhere.
     dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
@@ -328,11 +329,6 @@ def load_infiller(folder: Path, device: str = "auto") -> Infiller:
         model = load_model(folder, device=chosen, dtype=dtype)
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(f"{folder} does not fit on {chosen}: {error}") from None
-    if tokenizer.vocab_tokens > model.config.vocab_tokens:
-        raise CheckpointMismatch(
-            f"{folder}: tokenizer.json has {tokenizer.vocab_tokens} tokens, the model "
-            f"{model.config.vocab_tokens}"
-        )
     if chosen.type == "cuda":
         _refuse_without_kernels(model.config)
     return Infiller(model, tokenizer, SamplerConfig.from_folder(folder))

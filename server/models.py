@@ -92,10 +92,11 @@ def inspect_usable(folder: Path, device: str) -> dict[str, object]:
     Raises:
         ModelError: a daemon could not load it.
     """
+    from infilld.engine.config import ModelConfig
     from infilld.engine.tokenizer import Tokenizer
 
     report = inspect(folder, device)
-    Tokenizer.from_folder(folder)
+    Tokenizer.from_folder(folder, ModelConfig.from_folder(folder).vocab_tokens)
     return report
 
 

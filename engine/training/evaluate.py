@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from infilld.engine.cache import PrefixCache
 from infilld.engine.draws import SeededDraws
 from infilld.engine.infill import Infiller
 from infilld.engine.request import InfillRequest, Span
-from infilld.engine.training.examples import IGNORED, ExampleBuilder, ExampleShape
+from infilld.engine.training.examples import IGNORED, Batch, ExampleBuilder, ExampleShape
 
 _LONGEST_LINE_TOKENS = 24
 _BATCHES = 8
@@ -83,38 +84,41 @@ def _losses(engine: Infiller, texts: Sequence[str], seed: int) -> dict[str, floa
     gap: list[float] = []
     for _ in range(_BATCHES):
         batch = builder.batch(_SHAPE, rng).to(model.device)
-        for ids, labels, canvases, starts, gaps, heads in zip(
-            batch.encoder,
-            batch.encoder_labels,
-            batch.canvas,
-            batch.starts,
-            batch.gap,
-            batch.head,
-            strict=True,
-        ):
+        for sequence, labels in enumerate(batch.encoder_labels):
             cache = model.new_cache()
             used = int((labels != IGNORED).sum())
             # The last token is read, since canvases may start behind it, but predicts nothing.
-            hidden = model.encode(ids[: used + 1], cache)[:used]
+            hidden = model.encode(batch.encoder[sequence, : used + 1], cache)[:used]
             loss = F.cross_entropy(model.logits(hidden), labels[:used], reduction="none")
             encoder += loss.tolist()
             # Later canvases first: the cache is only ever cut back.
-            for canvas, start, is_gap, is_head in reversed(
-                list(zip(canvases, starts, gaps, heads, strict=True))
-            ):
-                if not bool(is_gap.any()):
-                    continue
-                cache.trim(int(start))
-                row = canvas[is_gap | is_head]
-                noise = draws.noise(1, len(row), model.config.vocab_tokens)[0]
-                free = is_gap[is_gap | is_head]
-                logits = model.denoise(torch.where(free, noise, row)[None], cache, None)[0]
-                text = free & (row != controls.filler)
-                gap += F.cross_entropy(logits[text], row[text], reduction="none").tolist()
+            for number in reversed(range(_SHAPE.canvases)):
+                gap += _first_pass_nats(engine, batch, (sequence, number), cache, draws)
     return {
         "encoder_nats": round(statistics.fmean(encoder), 4),
         "first_pass_gap_nats": round(statistics.fmean(gap), 4),
     }
+
+
+def _first_pass_nats(
+    engine: Infiller,
+    batch: Batch,
+    at: tuple[int, int],
+    cache: PrefixCache,
+    draws: SeededDraws,
+) -> list[float]:
+    """Nats of each token of a canvas's text, its whole gap being noise; cuts the cache to it."""
+    is_gap = batch.gap[at]
+    if engine.controls is None or not bool(is_gap.any()):
+        return []
+    cache.trim(int(batch.starts[at]))
+    used = is_gap | batch.head[at]
+    row, free = batch.canvas[at][used], is_gap[used]
+    noise = draws.noise(1, len(row), engine.model.config.vocab_tokens)[0]
+    logits = engine.model.denoise(torch.where(free, noise, row)[None], cache, None)[0]
+    text = free & (row != engine.controls.filler)
+    nats: list[float] = F.cross_entropy(logits[text], row[text], reduction="none").tolist()
+    return nats
 
 
 def _score(engine: Infiller, items: Sequence[Item], fill: Any) -> dict[str, float]:
