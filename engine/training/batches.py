@@ -1,7 +1,7 @@
 """The batches of a run, one for each step: made when asked for, or ahead by other processes.
 
-A batch depends on the seed and the number of its step alone, so that a resumed run and a run with
-other workers see the same ones.
+A batch depends on the seed, the number of its step and the shapes of its phase alone, so that a
+resumed run sees the same ones. Workers are a few steps ahead: so is the change of phase with them.
 """
 
 import multiprocessing
@@ -23,28 +23,26 @@ class Batches:
     """Batches by step.
 
     Args:
-        builder: of examples. shapes: of batches, with their shares. seed: of every choice.
+        builder: of examples. seed: of every choice.
         workers: processes that work ahead; 0: none. A GPU waits for one process most of the time.
     """
 
-    def __init__(
-        self, builder: ExampleBuilder, shapes: Shapes, seed: int, *, workers: int = 0
-    ) -> None:
-        self._builder, self._shapes, self._seed = builder, shapes, seed
+    def __init__(self, builder: ExampleBuilder, seed: int, *, workers: int = 0) -> None:
+        self._builder, self._seed = builder, seed
         self._ahead = workers * _AHEAD
         self._pool: ProcessPoolExecutor | None = None
         self._waiting: dict[int, Future[Batch]] = {}
         if workers:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(workers, context, _start, (builder, shapes, seed))
+            self._pool = ProcessPoolExecutor(workers, context, _start, (builder, seed))
 
-    def take(self, step: int) -> Batch:
-        """The batch of a step; steps are asked for in order."""
+    def take(self, step: int, shapes: Shapes) -> Batch:
+        """The batch of a step, of one of the shapes; steps are asked for in order."""
         if self._pool is None:
-            return make_batch(self._builder, self._shapes, self._seed, step)
+            return make_batch(self._builder, shapes, self._seed, step)
         for wanted in range(step, step + self._ahead):
             if wanted not in self._waiting:
-                self._waiting[wanted] = self._pool.submit(_make, wanted)
+                self._waiting[wanted] = self._pool.submit(_make, shapes, wanted)
         return self._waiting.pop(step).result()
 
     def close(self) -> None:
@@ -67,13 +65,13 @@ def make_batch(builder: ExampleBuilder, shapes: Shapes, seed: int, step: int) ->
     return builder.batch(rng.choices(kinds, shares)[0], rng)
 
 
-_worker: list[tuple[ExampleBuilder, Shapes, int]] = []
+_worker: list[tuple[ExampleBuilder, int]] = []
 
 
-def _start(builder: ExampleBuilder, shapes: Shapes, seed: int) -> None:
-    _worker.append((builder, shapes, seed))
+def _start(builder: ExampleBuilder, seed: int) -> None:
+    _worker.append((builder, seed))
 
 
-def _make(step: int) -> Batch:
-    (builder, shapes, seed) = _worker[0]
+def _make(shapes: Shapes, step: int) -> Batch:
+    (builder, seed) = _worker[0]
     return make_batch(builder, shapes, seed, step)

@@ -18,7 +18,8 @@ from infilld.engine.cache import PrefixCache
 from infilld.engine.draws import SeededDraws
 from infilld.engine.infill import Infiller
 from infilld.engine.request import InfillRequest, Span
-from infilld.engine.training.examples import IGNORED, Batch, ExampleBuilder, ExampleShape
+from infilld.engine.training.copying import IGNORED
+from infilld.engine.training.examples import Batch, ExampleBuilder, ExampleShape
 
 _LONGEST_LINE_TOKENS = 24
 _BATCHES = 8

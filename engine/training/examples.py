@@ -11,29 +11,24 @@ and it may see those alone.
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
+from infilld.engine.canvas import HEAD_TOKENS
 from infilld.engine.prompt import Controls
 from infilld.engine.tokenizer import Tokenizer
+from infilld.engine.training.canvases import CanvasRow, CanvasWriter, Cut, choose_cut
+from infilld.engine.training.copying import IGNORED, Renamer, repeated_phrases
 
-# Label of a position that is not scored.
-IGNORED = -100
 _SEQUENCES_WITH_SUFFIX = 0.8
-# Heads are as long as the engine pins them, or shorter.
-_HEAD_TOKENS = (2, 16)
-_FULL_HEADS = 0.5
-# Fillers behind the first few of a gap are "spare".
-_NEAR_FILLERS = 3
-_MIDDLES = (("rest_of_line", 0.4), ("line", 0.2), ("lines", 0.2), ("chars", 0.2))
 _TRIES = 20
 _EMPTY_MIDDLES = 0.1
 _CHARS_PER_TOKEN = 3.3
 _LAST_CUT_CHARS = 80
-# Encoder tokens before the cut, middle ids, head ids.
-_Canvas = tuple[int, list[int], list[int]]
+# Encoder tokens before the cut, and the canvas.
+_Canvas = tuple[int, CanvasRow]
 # Texts from which the characters of a token are measured.
 _MEASURED_TEXTS = 50
 
@@ -43,9 +38,11 @@ class ExampleShape:
     """Sizes of a batch.
 
     Attributes:
-        sequences: B. encoder_tokens: N. canvases: C for each sequence.
+        sequences: B. encoder_tokens: N. canvases: C for each sequence; 0: the encoder alone.
         gap_tokens: length of every gap; canvas_tokens: gap plus the longest head.
         suffix_tokens: longest suffix in the prompt.
+        repeated: share of the sequences that are repeated random phrases; only without canvases.
+        renamed: share of the others whose names are exchanged.
     """
 
     sequences: int
@@ -53,11 +50,18 @@ class ExampleShape:
     canvases: int
     gap_tokens: int
     suffix_tokens: int = 96
+    repeated: float = 0.0
+    renamed: float = 0.25
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built."""
+        if self.repeated and self.canvases:
+            raise ValueError("repeated phrases have no text to cut canvases from")
 
     @property
     def canvas_tokens(self) -> int:
         """Length of a canvas row, L."""
-        return self.gap_tokens + _HEAD_TOKENS[1]
+        return self.gap_tokens + HEAD_TOKENS
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Batch:
         canvas: [B, C, L] int64, pad at the end. starts: [B, C] encoder tokens each may see.
         gap: [B, C, L] bool. head: [B, C, L] bool; what is neither is padding.
         spare: [B, C, L] bool, fillers well behind the end of the fill.
+        first: [B, C, L] int64, what canvases start from that are `drafted`: [B, C] bool.
     """
 
     encoder: Tensor
@@ -78,6 +83,8 @@ class Batch:
     gap: Tensor
     head: Tensor
     spare: Tensor
+    first: Tensor
+    drafted: Tensor
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch elsewhere."""
@@ -89,31 +96,6 @@ class Batch:
         """The same sequences in so many batches, or fewer where there are not enough."""
         tensors = [getattr(self, name).chunk(parts) for name in self.__annotations__]
         return [Batch(*pieces) for pieces in zip(*tensors, strict=True)]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A span `[start, end)` of a text, in characters, to be filled."""
-
-    start: int
-    end: int
-
-
-def choose_cut(text: str, at: int, rng: random.Random) -> Cut:
-    """A span around `at`, of one of the usual kinds: rest of line, line, lines, characters."""
-    kind = rng.choices([k for k, _ in _MIDDLES], [w for _, w in _MIDDLES])[0]
-    line_start, line_end = text.rfind("\n", 0, at) + 1, text.find("\n", at)
-    line_end = len(text) if line_end < 0 else line_end
-    if kind == "chars":
-        return Cut(at, min(len(text), at + rng.randint(1, 40)))
-    if kind == "rest_of_line":
-        return Cut(at, line_end)
-    # The cursor stands behind the indent, where an editor puts it.
-    start = line_start + len(text[line_start:line_end]) - len(text[line_start:line_end].lstrip())
-    for _ in range(rng.randint(1, 3) if kind == "lines" else 0):
-        following = text.find("\n", line_end + 1)
-        line_end = len(text) if following < 0 else following
-    return Cut(start, line_end)
 
 
 class ExampleBuilder:
@@ -135,6 +117,8 @@ class ExampleBuilder:
             raise ValueError("no text to make examples from")
         self._texts, self._tokenizer, self._controls = texts, tokenizer, controls
         self._rng = random.Random()
+        self._writer = CanvasWriter(tokenizer, controls)
+        self._renamer = Renamer(texts, random.Random(0))
         self._sizes = list(itertools.accumulate(weights or [len(text) for text in texts]))
         sample = "".join(text[:4000] for text in self._rng.choices(texts, k=_MEASURED_TEXTS))
         # A window is cut so that it just fills the encoder.
@@ -143,26 +127,37 @@ class ExampleBuilder:
     def batch(self, shape: ExampleShape, rng: random.Random) -> Batch:
         """A random batch."""
         self._rng = rng
-        rows = [self._sequence(shape) for _ in range(shape.sequences)]
+        rows = [self._row(shape) for _ in range(shape.sequences)]
         encoder = torch.zeros(shape.sequences, shape.encoder_tokens, dtype=torch.int64)
         labels = torch.full_like(encoder, IGNORED)
         size = (shape.sequences, shape.canvases, shape.canvas_tokens)
-        canvas = torch.zeros(size, dtype=torch.int64)
+        canvas, first = torch.zeros(2, *size, dtype=torch.int64)
+        drafted = torch.zeros(size[:2], dtype=torch.bool)
         gap, head, spare = torch.zeros(3, *size, dtype=torch.bool)
         starts = torch.ones(size[:2], dtype=torch.int64)
-        for b, (ids, canvases) in enumerate(rows):
+        for b, (ids, following, canvases) in enumerate(rows):
             encoder[b, : len(ids)] = torch.tensor(ids)
-            labels[b, : len(ids) - 1] = torch.tensor(ids[1:])
-            for c, (start, middle, after) in enumerate(canvases):
+            labels[b, : len(following)] = torch.tensor(following)
+            for c, (start, row) in enumerate(canvases):
                 starts[b, c] = start
-                filled = middle + [self._controls.filler] * (shape.gap_tokens - len(middle))
-                canvas[b, c, : shape.gap_tokens] = torch.tensor(filled)
-                gap[b, c, : shape.gap_tokens] = True
-                spare[b, c, len(middle) + _NEAR_FILLERS : shape.gap_tokens] = True
-                end = shape.gap_tokens + len(after)
-                canvas[b, c, shape.gap_tokens : end] = torch.tensor(after, dtype=torch.int64)
-                head[b, c, shape.gap_tokens : end] = True
-        return Batch(encoder, labels, canvas, starts, gap, head, spare)
+                used = len(row.ids)
+                canvas[b, c, :used] = torch.tensor(row.ids)
+                gap[b, c, :used] = torch.tensor(row.gap)
+                head[b, c, :used] = ~gap[b, c, :used]
+                spare[b, c, :used] = torch.tensor(row.spare)
+                if row.first is not None:
+                    first[b, c, :used] = torch.tensor(row.first)
+                    drafted[b, c] = True
+        return Batch(encoder, labels, canvas, starts, gap, head, spare, first, drafted)
+
+    def _row(self, shape: ExampleShape) -> tuple[list[int], list[int], list[_Canvas]]:
+        """Encoder ids, the labels of the first of them, and the canvases."""
+        if self._rng.random() < shape.repeated:
+            first = max(astuple(self._controls)) + 1
+            vocab = self._tokenizer.vocab_tokens
+            return (*repeated_phrases(shape.encoder_tokens, first, vocab, self._rng), [])
+        ids, canvases = self._sequence(shape)
+        return ids, ids[1:], canvases
 
     def _sequence(self, shape: ExampleShape) -> tuple[list[int], list[_Canvas]]:
         """Encoder ids, and the canvases on them.
@@ -174,6 +169,10 @@ class ExampleBuilder:
         length = int(shape.encoder_tokens * _CHARS_PER_TOKEN)
         start = self._rng.randrange(max(1, len(text) - length // 3))
         start = text.rfind("\n", 0, start) + 1
+        if self._rng.random() < shape.renamed:
+            # What is read of it, and no more: the window and the suffix behind it.
+            text = self._renamer.rename(text[start : start + 2 * length], self._rng)
+            start = 0
         cuts = self._cuts(text, start, min(len(text), start + length), shape)
         before, after = [self._controls.bos], text[cuts[-1].end :] if cuts else ""
         if self._rng.random() < _SEQUENCES_WITH_SUFFIX:
@@ -185,18 +184,23 @@ class ExampleBuilder:
         for cut in cuts:
             prefix += self._tokenizer.encode(text[start : cut.start])
             start = cut.start
-            canvases.append((len(prefix), *self._middle_and_head(text, cut, shape)))
+            if shape.canvases:
+                is_last = cut is cuts[-1]
+                row = self._writer.write(text, cut, shape.gap_tokens, self._rng, is_last=is_last)
+                canvases.append((len(prefix), row))
         # What is too much goes at the front, as the engine's window does.
         lost = max(0, len(before) + len(prefix) - shape.encoder_tokens)
         shift = len(before) - lost
-        kept = [(at + shift, middle, head) for at, middle, head in canvases if at > lost]
+        kept = [(at + shift, row) for at, row in canvases if at > lost]
         return before + prefix[lost:], kept
 
     def _cuts(self, text: str, start: int, end: int, shape: ExampleShape) -> list[Cut]:
         """Cuts that begin in `[start, end)` of text and fit the gap, in order; one near the end."""
         cuts: list[Cut] = []
-        for _ in range(_TRIES * shape.canvases):
-            if len(cuts) == shape.canvases:
+        # Without canvases one cut still tells where the prompt ends.
+        wanted = max(1, shape.canvases)
+        for _ in range(_TRIES * wanted):
+            if len(cuts) == wanted:
                 break
             first = start if cuts else max(start, end - _LAST_CUT_CHARS)
             cut = choose_cut(text, self._rng.randrange(first, end), self._rng)
@@ -207,15 +211,3 @@ class ExampleBuilder:
             elif len(self._tokenizer.encode(text[cut.start : cut.end])) <= shape.gap_tokens:
                 cuts.append(cut)
         return sorted(cuts, key=lambda cut: cut.start)
-
-    def _middle_and_head(
-        self, text: str, cut: Cut, shape: ExampleShape
-    ) -> tuple[list[int], list[int]]:
-        middle = self._tokenizer.encode(text[cut.start : cut.end])[: shape.gap_tokens]
-        wanted = _HEAD_TOKENS[1]
-        if self._rng.random() >= _FULL_HEADS:
-            wanted = self._rng.randint(*_HEAD_TOKENS)
-        head = self._tokenizer.encode(text[cut.end : cut.end + 8 * wanted])
-        if cut.end + 8 * wanted >= len(text):
-            head = [*head, self._controls.eos]
-        return middle, head[:wanted]

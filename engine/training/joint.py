@@ -13,7 +13,8 @@ from torch import Tensor
 from infilld.engine.config import LayerKind
 from infilld.engine.layers import Attend, Rotary
 from infilld.engine.model import DiffusionGemma
-from infilld.engine.training.examples import IGNORED, Batch
+from infilld.engine.training.copying import IGNORED
+from infilld.engine.training.examples import Batch
 from infilld.engine.training.head import believe, head_loss
 from infilld.kernels.accept import accept
 
@@ -22,6 +23,10 @@ _HEAD_WEIGHT = 0.1
 # Fillers far behind the end of a fill are many and easy.
 _SPARE_WEIGHT = 0.2
 _FULL_NOISE = 0.5
+# Drafted canvases keep their draft as it is as often; else they are noised, at most so much.
+_MOST_DRAFT_NOISE = 0.6
+# Share of the other canvases that start from what the encoder would have written.
+_READ = 0.2
 _TEMPERATURES = (0.4, 1.0)
 # The sampler's entropy budget, and up to so many times as much: as later steps have it.
 _BUDGET_NATS = 0.1
@@ -30,25 +35,33 @@ _BUDGET_SPREAD = 100.0
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross-entropies, nats: of encoder tokens, of gap positions; `total` is minimised."""
+    """Mean cross-entropies, nats: of encoder tokens, of gap positions; `total` is minimised.
+
+    There is no `gap` loss where a batch has no canvases.
+    """
 
     total: Tensor
     encoder: Tensor
-    gap: Tensor
+    gap: Tensor | None
 
 
 def corrupt(batch: Batch, vocab_tokens: int, generator: torch.Generator) -> Tensor:
     """Canvas [B, C, L] whose gap positions are replaced by uniform tokens, at random rates.
 
     The rate is 1 for some canvases, because that is where an infill starts, and uniform in
-    (0, 1) for the others. Heads and padding stay as they are.
+    (0, 1) for the others. Drafted canvases start from their draft, as it is or partly noised.
+    Heads and padding stay as they are.
     """
     shape, device = batch.canvas.shape, batch.canvas.device
     rate = torch.rand(shape[:2], generator=generator).clamp(min=1e-3)
-    rate = torch.where(torch.rand(shape[:2], generator=generator) < _FULL_NOISE, 1.0, rate)
+    is_extreme = torch.rand(shape[:2], generator=generator) < _FULL_NOISE
+    drafted = batch.drafted.cpu()
+    rate = torch.where(drafted, _MOST_DRAFT_NOISE * rate, rate)
+    rate = torch.where(is_extreme, (~drafted).float(), rate)
     hit = (torch.rand(shape, generator=generator) < rate[..., None]).to(device) & batch.gap
     noise = torch.randint(vocab_tokens, shape, generator=generator).to(device)
-    return torch.where(hit, noise, batch.canvas)
+    given = torch.where(batch.drafted[..., None], batch.first, batch.canvas)
+    return torch.where(hit, noise, given)
 
 
 def accept_by_entropy(entropy_nats: Tensor, budget_nats: Tensor) -> Tensor:
@@ -73,11 +86,12 @@ def accept_by_entropy(entropy_nats: Tensor, budget_nats: Tensor) -> Tensor:
     return taken.accepted.view_as(entropy_nats)
 
 
-def encoder_mask(tokens: int, window: int | None, device: torch.device) -> Tensor:
-    """Causal mask [N, N] bool; `window` is W of a sliding layer."""
+def encoder_mask(tokens: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Causal mask [N, N] bool; `window` is W of a sliding layer. None: all that came before."""
+    if window is None or window >= tokens:
+        return None
     at = torch.arange(tokens, device=device)
-    mask = at[None] <= at[:, None]
-    return mask if window is None else mask & (at[:, None] - at[None] < window)
+    return (at[None] <= at[:, None]) & (at[:, None] - at[None] < window)
 
 
 def canvas_mask(batch: Batch, window: int | None) -> Tensor:
@@ -125,9 +139,12 @@ class JointPass:
                 tell how much of a canvas is noise, learns to repeat whatever token it sees.
         """
         keys: list[tuple[Tensor, Tensor]] = []
-        encoder_loss = self._causal_loss(self._encode(batch, keys), batch)
+        read = self._encode(batch, keys)
+        encoder_loss = self._causal_loss(read, batch)
+        if not batch.canvas.shape[1]:
+            return Losses(self.encoder_weight * encoder_loss, encoder_loss.detach(), None)
         attend, positions = self._attend_canvas(batch, keys), self._positions(batch)
-        canvas = corrupt(batch, self.model.config.vocab_tokens, self.generator)
+        canvas = self._first_canvas(batch, read)
         signal: Tensor | None = None
         with torch.no_grad():
             for _ in range(unrolled_steps):
@@ -152,6 +169,28 @@ class JointPass:
     def _head(self, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         model = self.model
         return head_loss(hidden, model.embed_tokens.weight, labels, weights, model.config.softcap)
+
+    @torch.no_grad()
+    def _first_canvas(self, batch: Batch, read: Tensor) -> Tensor:
+        """What the canvases [B, C, L] start from: noise, a found draft, or what was expected.
+
+        The last is a draft of the encoder's: each token as it would have written it after the
+        true ones before it. Hidden states [B, N, D] of the text are there anyhow.
+        """
+        canvas = corrupt(batch, self.model.config.vocab_tokens, self.generator)
+        chosen = torch.rand(batch.starts.shape, generator=self.generator) < _READ
+        b, c = (chosen.to(canvas.device) & ~batch.drafted).nonzero(as_tuple=True)
+        length = torch.arange(canvas.shape[2], device=canvas.device)
+        at = (batch.starts[b, c, None] + length).clamp(max=batch.encoder.shape[1] - 1)
+        clean = batch.canvas[b, c]
+        # A cut within the middle, and the middle's end, may make other tokens of the same text.
+        same = (batch.encoder[b[:, None], at] == clean) & batch.gap[b, c]
+        hidden = read[b[:, None], at - 1][same]
+        heat = torch.ones(len(hidden), device=hidden.device)
+        table, softcap = self.model.embed_tokens.weight, self.model.config.softcap
+        clean[same] = believe(hidden, table, softcap, heat).argmax
+        canvas[b, c] = clean
+        return canvas
 
     def _step(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The next canvas [B, C, L], and what the sampler feeds back [B, C * L, D].
@@ -180,7 +219,7 @@ class JointPass:
     def _encode(self, batch: Batch, keys: list[tuple[Tensor, Tensor]]) -> Tensor:
         model = self.model
         tokens = batch.encoder.shape[1]
-        masks: dict[LayerKind, Tensor] = {
+        masks: dict[LayerKind, Tensor | None] = {
             "full": encoder_mask(tokens, None, model.device),
             "sliding": encoder_mask(tokens, model.config.sliding_window, model.device),
         }
@@ -234,7 +273,8 @@ class JointPass:
         return hidden
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention under a mask; None: causal, which skips what a mask would only hide."""
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=1.0, enable_gqa=True
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=1.0, enable_gqa=True
     )

@@ -24,8 +24,9 @@ from infilld.engine.training.evaluate import evaluate
 from infilld.engine.training.examples import ExampleBuilder
 from infilld.engine.training.export import export_model
 from infilld.engine.training.recipe import RECIPES, Recipe, TrainOptions
-from infilld.engine.training.trainer import Progress, Trainer, initialise
+from infilld.engine.training.trainer import Progress, Trainer
 from infilld.engine.training.vocabulary import load_vocabulary, save_vocabulary, train_vocabulary
+from infilld.engine.training.wiring import initialise
 from infilld.engine.worker import load_infiller, pick_device
 
 Say = Callable[[str], None]
@@ -158,7 +159,7 @@ def _trainer(
     texts = [file.text for file in corpus.training]
     builder = ExampleBuilder(texts, tokenizer, controls, _weights(corpus))
     workers = workers_for(model.device.type)
-    batches = Batches(builder, recipe.shapes, options.seed, workers=workers)
+    batches = Batches(builder, options.seed, workers=workers)
     trainer = Trainer(model, recipe, batches, state, minutes=options.minutes, seed=options.seed)
     if trainer.resume():
         say(f"going on after step {trainer.progress.steps}")

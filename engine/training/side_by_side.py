@@ -5,7 +5,9 @@ two AVX2 cores beside other work: a whole batch on two threads took 1.65 s of pr
 halves on one thread each 1.27 s together.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from infilld.engine.training.joint import JointPass, Losses
 from infilld.engine.training.precision import bf16_pays
 
 _MOST_PARTS = 4
+_LOSSES = ("total", "encoder", "gap")
 
 
 class SideBySide:
@@ -59,6 +62,10 @@ class SideBySide:
         for weight, *slopes in zip(self._weights, *(slopes for _, slopes in done), strict=True):
             found = [slope for slope in slopes if slope is not None]
             weight.grad = torch.stack(found).sum(0) / len(parts) if found else None
-        names = ("total", "encoder", "gap")
-        columns = ([getattr(losses, name).detach() for losses, _ in done] for name in names)
-        return Losses(*(torch.stack(column).mean() for column in columns))
+        return Losses(*(_mean([getattr(losses, name) for losses, _ in done]) for name in _LOSSES))
+
+
+def _mean(parts: Sequence[Tensor | None]) -> Any:
+    """The mean of the parts that there are; None where there is none."""
+    found = [part.detach() for part in parts if part is not None]
+    return torch.stack(found).mean() if found else None

@@ -18,7 +18,7 @@ from infilld.engine.model import DiffusionGemma
 from infilld.engine.training.batches import Batches
 from infilld.engine.training.joint import Losses
 from infilld.engine.training.muon import optimizers_of
-from infilld.engine.training.recipe import Recipe
+from infilld.engine.training.recipe import Phase, Recipe
 from infilld.engine.training.side_by_side import SideBySide
 
 CHECKPOINT = "checkpoint.pt"
@@ -54,7 +54,9 @@ class Progress:
         self.encoder_tokens += encoder
         self.canvas_tokens += canvas
         for name in ("encoder", "gap"):
-            found, key = float(getattr(losses, name)), f"{name}_nats"
+            if (loss := getattr(losses, name)) is None:
+                continue
+            found, key = float(loss), f"{name}_nats"
             if not math.isfinite(found):
                 raise ModelError(
                     f"step {self.steps}: the {name} loss is {found}",
@@ -63,23 +65,6 @@ class Progress:
             old = getattr(self, key)
             smooth = found if math.isnan(old) else _SMOOTHING * old + (1 - _SMOOTHING) * found
             setattr(self, key, smooth)
-
-
-def initialise(model: DiffusionGemma, seed: int) -> None:
-    """Random weights for training: every block starts with outputs of about unit size."""
-    generator = torch.Generator().manual_seed(seed)
-    depth = len(model.layers)
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            if parameter.dim() > 1:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
-            elif name.endswith(("q_norm.weight", "k_norm.weight")):
-                # There is no 1/sqrt(A) in the attention; this starts where that would.
-                parameter.fill_(parameter.shape[0] ** -0.25)
-            elif name.endswith(
-                ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
-            ):
-                parameter.fill_((2 * depth) ** -0.5)
 
 
 class Trainer:
@@ -169,8 +154,8 @@ class Trainer:
     def step(self) -> Losses:
         """One optimiser step on one batch."""
         started = time.monotonic()
-        device = self.model.device
-        batch = self.batches.take(self.progress.steps).to(device)
+        phase = self.phase()
+        batch = self.batches.take(self.progress.steps, phase.shapes).to(self.model.device)
         rate = self.recipe.learning_rate * self.rate_share()
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -179,8 +164,8 @@ class Trainer:
         losses = self._parts.losses(
             batch,
             seed=rng.getrandbits(48),
-            unrolled_steps=self._unrolled_steps(rng.random()),
-            encoder_weight=self._encoder_weight(),
+            unrolled_steps=_unrolled_steps(phase, rng.random()),
+            encoder_weight=phase.encoder_weight,
         )
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         for optimizer in self._optimizers:
@@ -206,19 +191,21 @@ class Trainer:
         left = 1.0 - self.progress.elapsed_s / self.limit_s
         return rise * max(0.0, min(1.0, left / self.recipe.decay_share))
 
-    def _unrolled_steps(self, chance: float) -> int:
-        """None mostly while predictions mean little; later one or two, as at inference."""
+    def phase(self) -> Phase:
+        """The phase the run is in, by the clock."""
         done = self.progress.elapsed_s / self.limit_s
-        share = 0.25 if done < 0.3 else 0.4 if done < 0.6 else 0.65
-        return 0 if chance >= share else 2 if chance < 0.3 * share else 1
-
-    def _encoder_weight(self) -> float:
-        """The canvas learns on what the encoder has learnt, then matters more."""
-        return 1.0 if self.progress.elapsed_s < 0.5 * self.limit_s else 0.5
+        phases = self.recipe.phases
+        return next((phase for phase in phases if done < phase.until), phases[-1])
 
     def _note(self) -> None:
         p = self.progress
         p.history.append([p.elapsed_s, p.encoder_nats, p.gap_nats])
+
+
+def _unrolled_steps(phase: Phase, chance: float) -> int:
+    """None, one or two denoising steps before the pass that is scored."""
+    share = phase.unrolled
+    return 0 if chance >= share else 2 if chance < 0.3 * share else 1
 
 
 def _parameters(model: DiffusionGemma) -> list[tuple[str, Tensor]]:

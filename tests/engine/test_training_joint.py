@@ -1,7 +1,9 @@
 """The joint training pass computes what the engine computes, and leaks nothing."""
 
 import dataclasses
+import itertools
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -24,7 +26,10 @@ TEXTS = [
     "".join(f"def f{n}(a, b):\n    return a + {n} * b\n\n\n" for n in range(30)),
     "# \U0001f600 é\r\n" * 40,
 ]
-SHAPE = ExampleShape(sequences=3, encoder_tokens=256, canvases=4, gap_tokens=24, suffix_tokens=16)
+SHAPE = ExampleShape(
+    sequences=3, encoder_tokens=256, canvases=4, gap_tokens=24, suffix_tokens=16, renamed=0
+)
+SHAPES = [(SHAPE, 1.0)]
 
 
 @pytest.fixture
@@ -64,26 +69,27 @@ def test_a_canvas_gets_the_logits_the_engine_would_give_it(batch: Batch) -> None
 def test_nothing_at_or_after_a_cut_reaches_its_canvas(batch: Batch) -> None:
     canvas = corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
     before = joint_logits(batch, canvas, None)
+    b = int(batch.gap[:, :2].any(-1).all(-1).nonzero()[0])
     encoder = batch.encoder.clone()
-    start = int(batch.starts[0, 1])
-    encoder[0, start:] = 100
+    start = int(batch.starts[b, 1])
+    encoder[b, start:] = 100
     after = joint_logits(dataclasses.replace(batch, encoder=encoder), canvas, None)
-    assert torch.equal(before[0, :2], after[0, :2])
+    assert torch.equal(before[b, :2], after[b, :2])
     # The test can fail: one token earlier does reach it.
-    encoder[0, start - 1] = 101
+    encoder[b, start - 1] = 101
     reached = joint_logits(dataclasses.replace(batch, encoder=encoder), canvas, None)
-    assert not torch.equal(before[0, 1], reached[0, 1])
+    assert not torch.equal(before[b, 1], reached[b, 1])
 
 
 def test_workers_make_the_same_batches() -> None:
     builder = ExampleBuilder(TEXTS, TOKENIZER, CONTROLS)
-    alone, helped = (Batches(builder, [(SHAPE, 1.0)], 7, workers=n) for n in (0, 1))
+    alone, helped = (Batches(builder, 7, workers=n) for n in (0, 1))
     try:
         for step in (4, 5):
-            ours, theirs = alone.take(step), helped.take(step)
+            ours, theirs = alone.take(step, SHAPES), helped.take(step, SHAPES)
             assert torch.equal(ours.encoder, theirs.encoder)
             assert torch.equal(ours.canvas, theirs.canvas)
-        assert not torch.equal(alone.take(4).encoder, alone.take(5).encoder)
+        assert not torch.equal(alone.take(4, SHAPES).encoder, alone.take(5, SHAPES).encoder)
     finally:
         helped.close()
 
@@ -98,11 +104,27 @@ def test_a_canvas_does_not_see_its_neighbours(batch: Batch) -> None:
 
 
 def test_noise_falls_on_gaps_alone(batch: Batch) -> None:
-    noised = corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
+    plain = dataclasses.replace(batch, drafted=torch.zeros_like(batch.drafted))
+    noised = corrupt(plain, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
     changed = noised != batch.canvas
     assert not (changed & ~batch.gap).any()
     rates = changed.sum(-1) / batch.gap.sum(-1).clamp(min=1)
     assert rates.max() > 0.9 > rates.min()
+
+
+def test_a_drafted_canvas_starts_from_its_draft(batch: Batch) -> None:
+    assert batch.drafted.any()
+    given = batch.head & batch.drafted[..., None]
+    assert torch.equal(batch.first[given], batch.canvas[given])
+    draws = [
+        corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(seed))
+        for seed in range(8)
+    ]
+    kept = torch.stack([(canvas == batch.first).all(-1) for canvas in draws])[:, batch.drafted]
+    assert 0 < kept.float().mean() < 1
+    share = torch.stack([canvas == batch.first for canvas in draws])
+    gap = batch.gap & batch.drafted[..., None]
+    assert share[:, gap].float().mean() > 0.6
 
 
 def test_no_row_of_the_mask_is_empty(batch: Batch) -> None:
@@ -110,22 +132,46 @@ def test_no_row_of_the_mask_is_empty(batch: Batch) -> None:
         assert canvas_mask(batch, window).any(-1).all()
 
 
-def test_examples_are_text_in_order(batch: Batch) -> None:
-    for b in range(SHAPE.sequences):
-        for c in range(SHAPE.canvases):
-            if not batch.gap[b, c].any():
-                continue
-            gap = batch.canvas[b, c][batch.gap[b, c]].tolist()
-            middle = [token for token in gap if token != CONTROLS.filler]
-            assert gap == middle + [CONTROLS.filler] * (len(gap) - len(middle))
-            head = batch.canvas[b, c][batch.head[b, c]].tolist()
-            body = [token for token in head if token != CONTROLS.eos]
-            prefix = batch.encoder[b, : batch.starts[b, c]].tolist()
-            if CONTROLS.prefix_mark in prefix:
-                prefix = prefix[prefix.index(CONTROLS.prefix_mark) :]
-            joined = TOKENIZER.decode([*prefix[-12:], *middle, *body])
-            assert any(joined in text.encode() for text in TEXTS), joined
-            assert body == head or head[-1] == CONTROLS.eos
+def test_examples_are_text_in_order() -> None:
+    builder, rng = ExampleBuilder(TEXTS, TOKENIZER, CONTROLS), random.Random(3)
+    seen: Counter[str] = Counter()
+    for batch in (builder.batch(SHAPE, rng) for _ in range(40)):
+        for b, c in batch.gap.any(-1).nonzero().tolist():
+            seen += _checked(batch, b, c)
+    assert seen["canvases"] > 250
+    for name in ("two gaps", "no head", "short gap", "end of text"):
+        assert seen[name] > 0, seen
+
+
+def _checked(batch: Batch, b: int, c: int) -> Counter[str]:
+    """What kind of canvas it is; its text continues its prefix, fillers stand behind middles."""
+    gap, head = batch.gap[b, c], batch.head[b, c]
+    used = int((gap | head).sum())
+    row = batch.canvas[b, c, :used].tolist()
+    assert not (gap | head)[used:].any()
+    runs = [
+        list(run) for _, run in itertools.groupby(range(used), key=lambda place: bool(gap[place]))
+    ]
+    gaps = [[row[place] for place in run] for run in runs if gap[run[0]]]
+    for tokens in gaps:
+        middle = [token for token in tokens if token != CONTROLS.filler]
+        assert tokens == middle + [CONTROLS.filler] * (len(tokens) - len(middle))
+    written = [token for token in row if token not in (CONTROLS.filler, CONTROLS.eos)]
+    prefix = batch.encoder[b, : batch.starts[b, c]].tolist()
+    if CONTROLS.prefix_mark in prefix:
+        prefix = prefix[prefix.index(CONTROLS.prefix_mark) + 1 :]
+    joined = TOKENIZER.decode([*prefix[-12:], *written])
+    assert any(joined in text.encode() for text in TEXTS), joined
+    assert CONTROLS.eos not in row or row[-1] == CONTROLS.eos
+    return Counter(
+        {
+            "canvases": 1,
+            "two gaps": len(gaps) == 2,
+            "no head": not head.any(),
+            "short gap": len(gaps) == 1 and len(gaps[0]) < SHAPE.gap_tokens,
+            "end of text": CONTROLS.eos in row,
+        }
+    )
 
 
 def test_acceptance_takes_the_surest_while_the_others_fit() -> None:

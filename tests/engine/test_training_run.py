@@ -14,8 +14,9 @@ from infilld.engine.prompt import Controls
 from infilld.engine.training import run
 from infilld.engine.training.batches import Batches
 from infilld.engine.training.examples import ExampleBuilder, ExampleShape
-from infilld.engine.training.recipe import RECIPES, Recipe, TrainOptions
-from infilld.engine.training.trainer import Trainer, initialise
+from infilld.engine.training.recipe import RECIPES, Phase, Recipe, TrainOptions
+from infilld.engine.training.trainer import Trainer
+from infilld.engine.training.wiring import initialise
 from infilld.engine.weights import load_model
 
 SHAPE = ExampleShape(sequences=2, encoder_tokens=96, canvases=3, gap_tokens=24, suffix_tokens=12)
@@ -27,9 +28,10 @@ TOY = dataclasses.replace(
     heads=2,
     key_heads=1,
     head_size=16,
+    full_head_size=16,
     dense_width=32,
     expert_width=16,
-    shapes=((SHAPE, 1.0),),
+    phases=(Phase(until=1.0, shapes=((SHAPE, 1.0),)),),
     warmup_steps=5,
 )
 
@@ -47,7 +49,7 @@ def trainer(state: Path, recipe: Recipe = TOY) -> Trainer:
     model = DiffusionGemma(recipe.model_config())
     initialise(model, 0)
     builder = ExampleBuilder([source("a"), source("b")], tokenizer, controls)
-    batches = Batches(builder, recipe.shapes, 0)
+    batches = Batches(builder, 0)
     # So many minutes that the clock does not touch the learning rate.
     return Trainer(model, recipe, batches, state, minutes=1e6, seed=0)
 
