@@ -5,9 +5,10 @@ it settled on, the causal likelihood of the finished text is not.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from infilld.engine.cache import PrefixCache
@@ -23,6 +24,7 @@ from infilld.engine.config import ModelConfig, SamplerConfig
 from infilld.engine.draft import DraftReader
 from infilld.engine.draws import SeededDraws
 from infilld.engine.errors import GapTooLong
+from infilld.engine.found import Found
 from infilld.engine.lines import line_end, unix
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prompt import Controls, InfillPrompt
@@ -44,6 +46,23 @@ from infilld.engine.tokenizer import Tokenizer
 _STOP = AllOf((Stable(passes=1), LowEntropy(mean_nats=0.05)))
 # When the deadline strikes, text up to the first token below this probability is shown.
 _SHOWN_PROBABILITY = 0.5
+# Room behind the longest draft.
+_DRAFT_SPARE = 4
+# Suffix tokens that must follow a fill: enough to tell where it has to end.
+_JUDGED_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class FillMethod:
+    """How gaps are filled. The defaults are best; the others are there to be compared.
+
+    Attributes:
+        found_drafts: hypotheses that start from found drafts, at most.
+        pins_suffix: the canvas holds the first tokens of the suffix, pinned.
+    """
+
+    found_drafts: int = 2
+    pins_suffix: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +72,26 @@ class GapPlan:
     Attributes:
         span: what is replaced. canvas: the gap it starts with, and the pinned head.
         limit_tokens: longest the gap may grow. min_tokens: fewest tokens of text.
-        rows: hypotheses. one_line: no line end may be written. newline: of the document there.
+        drafts: tokens of the drafts that hypotheses start from, the likeliest first.
+        alternatives: hypotheses that start from noise, and fills that are wanted.
+        judged: suffix tokens by which fills are scored.
+        one_line: no line end may be written. newline: of the document there.
     """
 
     span: Span
     canvas: GapCanvas
     limit_tokens: int
     min_tokens: int
-    rows: int
+    drafts: tuple[tuple[int, ...], ...]
+    alternatives: int
+    judged: tuple[int, ...]
     one_line: bool
     newline: str
+
+    @property
+    def rows(self) -> int:
+        """Hypotheses, R."""
+        return len(self.drafts) + self.alternatives
 
 
 def plan_gap(
@@ -73,23 +102,33 @@ def plan_gap(
     tokenizer: Tokenizer,
     controls: Controls,
     config: ModelConfig,
+    *,
+    found: Sequence[Found] = (),
+    pins_suffix: bool = True,
 ) -> GapPlan:
-    """Lay out the gap of a span.
+    """Lay out the gap of a span, with a hypothesis for each draft that was found.
 
     Raises:
         GapTooLong: a bound, or the selection, does not fit a canvas.
     """
     selection = request.text[span.start : span.end]
     head = head_of(prompt, controls)
-    room = max(1, config.canvas_tokens - len(head))
+    pinned = head if pins_suffix else ()
+    room = max(1, config.canvas_tokens - len(pinned))
     selected = _selected_tokens(selection, room, tokenizer)
     first = first_gap_tokens(kind, selected, room, request.min_tokens, request.max_tokens)
+    limit = request.max_tokens or room
+    drafts = [tuple(tokenizer.encode(draft.text)[:limit]) for draft in found]
+    # A filler behind the longest draft leaves room to lengthen it.
+    longest = max((len(draft) + _DRAFT_SPARE for draft in drafts), default=0)
     return GapPlan(
         span=span,
-        canvas=GapCanvas(first, head),
-        limit_tokens=request.max_tokens or room,
+        canvas=GapCanvas(min(limit, max(first, longest)), pinned),
+        limit_tokens=limit,
         min_tokens=request.min_tokens or 0,
-        rows=request.alternatives,
+        drafts=tuple(dict.fromkeys(drafts)),
+        alternatives=request.alternatives,
+        judged=head[:_JUDGED_TOKENS],
         # Rewriting several lines may need several lines, whatever follows on the last one.
         one_line=kind == "in_line" and "\n" not in unix(selection),
         newline=line_end(request.text, span.start),
@@ -169,15 +208,17 @@ class GapRun:
         return replace(result, alternatives=alternatives, reason=reason, why=why, usage=usage)
 
     def _scored(self, fills: list[_Fill]) -> tuple[Alternative, ...]:
-        """The fills with their causal likelihood, best first."""
-        logs = score(self.model, self.cache, [fill.tokens for fill in fills])
-        scored = [(float(each.mean()), fill) for each, fill in zip(logs, fills, strict=True)]
-        scored.sort(key=lambda pair: pair[0], reverse=True)
+        """The likeliest fills, best first: every one is scored up to the same suffix tokens."""
+        judged = list(self.plan.judged)
+        logs = score(self.model, self.cache, [fill.tokens + judged for fill in fills])
+        ranked = sorted(zip(logs, fills, strict=True), key=lambda pair: -float(pair[0].sum()))
         start, end = self.plan.span.start, self.plan.span.end
-        return tuple(
-            Alternative((SpanFill(start, end, fill.text, math.exp(mean)),), mean)
-            for mean, fill in scored
-        )
+        found = []
+        for each, fill in ranked[: self.plan.alternatives]:
+            mean = float(each.mean())
+            span = SpanFill(start, end, fill.text, math.exp(mean))
+            found.append(Alternative((span,), mean))
+        return tuple(found)
 
     def _reason(self, is_any: bool) -> tuple[Reason, str]:
         if is_any:
@@ -191,6 +232,8 @@ class GapRun:
         canvas = self._draws.first_canvas(rows, self._canvas.canvas_tokens, vocab)
         if draft is not None:
             canvas[:, : draft.shape[1]] = draft
+        else:
+            self._seed_drafts(canvas)
         banned = banned_tokens(
             self.tokenizer,
             self.controls,
@@ -215,6 +258,13 @@ class GapRun:
         )
         self._passes += denoised.passes
         return denoised, [self._fill(denoised, row) for row in range(rows)]
+
+    def _seed_drafts(self, canvas: Tensor) -> None:
+        """Put the found drafts into the first rows of a canvas [R, L], fillers behind them."""
+        gap = self._canvas.gap_tokens
+        for row, draft in enumerate(self.plan.drafts):
+            canvas[row, :gap] = self.controls.filler
+            canvas[row, : len(draft)] = torch.tensor(draft, device=canvas.device)
 
     def _max_steps(self) -> int:
         """Steps for this gap; few for a short one, since the temperature falls over all of them."""

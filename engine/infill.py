@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from infilld.engine.canvas import gap_kind
+from infilld.engine.canvas import GapKind, gap_kind
 from infilld.engine.config import SamplerConfig
 from infilld.engine.errors import Unsupported
-from infilld.engine.gap import GapRun, plan_gap
+from infilld.engine.found import Found, found_drafts
+from infilld.engine.gap import FillMethod, GapRun, plan_gap
 from infilld.engine.lines import unix
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prefixes import PrefixPool
@@ -61,10 +62,18 @@ class Infiller:
 
     Args:
         model: weights. tokenizer: its vocabulary. sampler: its generation configuration.
+        method: how gaps are filled.
     """
 
-    def __init__(self, model: DiffusionGemma, tokenizer: Tokenizer, sampler: SamplerConfig) -> None:
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        tokenizer: Tokenizer,
+        sampler: SamplerConfig,
+        method: FillMethod | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
+        self.method = method or FillMethod()
         self.controls = Controls.of(tokenizer)
         self._prefixes = PrefixPool(model)
 
@@ -91,7 +100,17 @@ class Infiller:
         prompt = infill_prompt(self.tokenizer, controls, prefix, suffix, self.prompt_tokens)
         # Before anything is computed: a gap that cannot fit is refused, not tried.
         kind = gap_kind(prefix, suffix)
-        plan = plan_gap(request, span, kind, prompt, self.tokenizer, controls, self.model.config)
+        plan = plan_gap(
+            request,
+            span,
+            kind,
+            prompt,
+            self.tokenizer,
+            controls,
+            self.model.config,
+            found=self._found(span, prefix, suffix, kind),
+            pins_suffix=self.method.pins_suffix,
+        )
         encoded = started
 
         def check() -> None:
@@ -132,6 +151,12 @@ class Infiller:
     def forget(self) -> None:
         """Drop every encoded prefix."""
         self._prefixes.clear()
+
+    def _found(self, span: Span, prefix: str, suffix: str, kind: GapKind) -> list[Found]:
+        """Drafts for a gap; text that is to be replaced is not looked for elsewhere."""
+        if span.start < span.end or not self.method.found_drafts:
+            return []
+        return found_drafts(prefix, suffix, kind, most=self.method.found_drafts)
 
     def _accepted(self, request: InfillRequest) -> tuple[Span, Controls]:
         if self.controls is None:
