@@ -22,7 +22,7 @@ GapKind = Literal["in_line", "tail", "block"]
 
 # Suffix tokens on the canvas, at most: enough to decide the join, cheap to carry.
 HEAD_TOKENS = 16
-_FIRST_GAP_TOKENS: dict[GapKind, int] = {"in_line": 24, "tail": 48, "block": 48}
+_FIRST_GAP_TOKENS: dict[GapKind, int] = {"in_line": 24, "tail": 24, "block": 48}
 
 
 def gap_kind(prefix: str, suffix: str) -> GapKind:

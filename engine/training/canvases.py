@@ -97,14 +97,23 @@ class CanvasWriter:
         self._encode, self._controls = tokenizer.encode, controls
 
     def write(
-        self, text: str, cut: Cut, gap_tokens: int, rng: random.Random, *, is_last: bool
+        self,
+        text: str,
+        cut: Cut,
+        gap_tokens: int,
+        head_tokens: int,
+        rng: random.Random,
+        *,
+        is_last: bool,
     ) -> CanvasRow:
         """The canvas of a cut whose middle fits `gap_tokens`; `is_last` of its sequence.
 
-        It is at most `gap_tokens` and a full head long.
+        It is at most `gap_tokens + head_tokens` long.
         """
-        if rng.random() < _TWO_GAPS and (row := self._two_gaps(text, cut, gap_tokens, rng)):
-            return row
+        if rng.random() < _TWO_GAPS:
+            row = self._two_gaps(text, cut, gap_tokens + head_tokens, rng)
+            if row is not None:
+                return row
         row = CanvasRow()
         middle = self._encode(text[cut.start : cut.end])[:gap_tokens]
         length = gap_tokens
@@ -112,7 +121,7 @@ class CanvasWriter:
             length = rng.randint(max(2, len(middle)), gap_tokens)
         row.add_gap(middle, length, self._controls.filler)
         if rng.random() >= (_NO_HEAD_AT_END if is_last else _NO_HEAD):
-            row.add_given(self._head(text, cut.end, HEAD_TOKENS, rng))
+            row.add_given(self._head(text, cut.end, head_tokens, rng))
         if rng.random() < _DRAFTED:
             row.first = self._found(text, cut, row, length, rng)
         return row
@@ -130,7 +139,7 @@ class CanvasWriter:
         return ids + [self._controls.filler] * (length - len(ids)) + row.ids[length:]
 
     def _two_gaps(
-        self, text: str, cut: Cut, gap_tokens: int, rng: random.Random
+        self, text: str, cut: Cut, canvas_tokens: int, rng: random.Random
     ) -> CanvasRow | None:
         """Two gaps with what stands between them; None where they do not fit."""
         at = cut.end + rng.randint(1, _BETWEEN_CHARS)
@@ -146,7 +155,7 @@ class CanvasWriter:
             spare = rng.randint(0, _MOST_SPARE)
             row.add_gap(middle, len(middle) + spare, self._controls.filler)
             row.add_given(given)
-        room = gap_tokens + HEAD_TOKENS - len(row.ids)
+        room = canvas_tokens - len(row.ids)
         if room < _FEWEST_HEAD_TOKENS or not any(row.gap):
             return None
         row.add_given(self._head(text, second.end, min(room, HEAD_TOKENS), rng))

@@ -39,7 +39,7 @@ class ExampleShape:
 
     Attributes:
         sequences: B. encoder_tokens: N. canvases: C for each sequence; 0: the encoder alone.
-        gap_tokens: length of every gap; canvas_tokens: gap plus the longest head.
+        gap_tokens: longest gap. head_tokens: longest head.
         suffix_tokens: longest suffix in the prompt.
         repeated: share of the sequences that are repeated random phrases; only without canvases.
         renamed: share of the others whose names are exchanged.
@@ -49,6 +49,7 @@ class ExampleShape:
     encoder_tokens: int
     canvases: int
     gap_tokens: int
+    head_tokens: int = HEAD_TOKENS
     suffix_tokens: int = 96
     repeated: float = 0.0
     renamed: float = 0.25
@@ -61,7 +62,7 @@ class ExampleShape:
     @property
     def canvas_tokens(self) -> int:
         """Length of a canvas row, L."""
-        return self.gap_tokens + HEAD_TOKENS
+        return self.gap_tokens + self.head_tokens
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ class ExampleBuilder:
             start = cut.start
             if shape.canvases:
                 is_last = cut is cuts[-1]
-                row = self._writer.write(text, cut, shape.gap_tokens, self._rng, is_last=is_last)
+                room = (shape.gap_tokens, shape.head_tokens)
+                row = self._writer.write(text, cut, *room, self._rng, is_last=is_last)
                 canvases.append((len(prefix), row))
         # What is too much goes at the front, as the engine's window does.
         lost = max(0, len(before) + len(prefix) - shape.encoder_tokens)

@@ -128,8 +128,8 @@ def _phases(
     """Copying first, then reading; the canvas last, more and more on its own drafts."""
     return (
         Phase(until=0.03, shapes=((replace(encoder, repeated=0.75), 1.0),)),
-        Phase(until=0.42, shapes=((replace(encoder, repeated=0.04), 1.0),)),
-        Phase(until=0.65, shapes=canvases, unrolled=0.25, encoder_weight=0.7),
+        Phase(until=0.27, shapes=((replace(encoder, repeated=0.04), 1.0),)),
+        Phase(until=0.6, shapes=canvases, unrolled=0.25, encoder_weight=0.7),
         Phase(until=1.0, shapes=canvases, unrolled=0.5, encoder_weight=0.5),
     )
 
@@ -151,9 +151,15 @@ RECIPES: dict[SizeName, Recipe] = {
         phases=_phases(
             ExampleShape(sequences=6, encoder_tokens=512, canvases=0, gap_tokens=24),
             (
-                (ExampleShape(sequences=2, encoder_tokens=512, canvases=20, gap_tokens=24), 0.7),
-                (ExampleShape(sequences=2, encoder_tokens=512, canvases=12, gap_tokens=48), 0.24),
-                (ExampleShape(sequences=2, encoder_tokens=512, canvases=6, gap_tokens=96), 0.06),
+                (
+                    ExampleShape(
+                        sequences=2, encoder_tokens=512, canvases=32, gap_tokens=16, head_tokens=8
+                    ),
+                    0.4,
+                ),
+                (ExampleShape(sequences=2, encoder_tokens=512, canvases=20, gap_tokens=24), 0.35),
+                (ExampleShape(sequences=2, encoder_tokens=512, canvases=12, gap_tokens=48), 0.2),
+                (ExampleShape(sequences=2, encoder_tokens=512, canvases=7, gap_tokens=96), 0.05),
             ),
         ),
         learning_rate=3e-3,

@@ -89,7 +89,7 @@ def test_how_long_a_gap_starts() -> None:
     assert first_gap_tokens("in_line", None, 100, None, None) == 24
     assert first_gap_tokens("tail", None, 100, None, 7) == 7
     assert first_gap_tokens("tail", None, 100, 60, None) == 60
-    assert first_gap_tokens("tail", None, 30, None, None) == 30
+    assert first_gap_tokens("block", None, 30, None, None) == 30
     assert first_gap_tokens("in_line", 40, 100, None, None) == 66
     for selected, low, high in ((101, None, None), (None, 101, None), (None, None, 101)):
         with pytest.raises(GapTooLong):
