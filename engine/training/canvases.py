@@ -20,6 +20,8 @@ _MIDDLES = (("rest_of_line", 0.45), ("line", 0.2), ("lines", 0.15), ("chars", 0.
 _FEWEST_HEAD_TOKENS = 2
 _FULL_HEADS = 0.5
 _NO_HEAD, _NO_HEAD_AT_END = 0.1, 0.4
+# Share of the cuts that split no word: a prompt with all its words split is unlike any real one.
+_WHOLE_WORDS = 0.65
 # Gaps are as long as the engine makes them at first, or shorter.
 _FULL_GAPS = 0.6
 # Fillers behind the first few of a gap are "spare".
@@ -45,6 +47,8 @@ def choose_cut(text: str, at: int, rng: random.Random) -> Cut:
     kind = rng.choices([k for k, _ in _MIDDLES], [w for _, w in _MIDDLES])[0]
     line_start, line_end = text.rfind("\n", 0, at) + 1, text.find("\n", at)
     line_end = len(text) if line_end < 0 else line_end
+    if kind in ("chars", "rest_of_line") and rng.random() < _WHOLE_WORDS:
+        at = max(line_start, _word_start(text, at))
     if kind == "chars":
         return Cut(at, min(len(text), at + rng.randint(1, 40)))
     if kind == "rest_of_line":
@@ -55,6 +59,17 @@ def choose_cut(text: str, at: int, rng: random.Random) -> Cut:
         following = text.find("\n", line_end + 1)
         line_end = len(text) if following < 0 else following
     return Cut(start, line_end)
+
+
+def _word_start(text: str, at: int) -> int:
+    """Where the word or the run of signs begins that `at` is in, with the space before it."""
+    if 0 < at < len(text) and not text[at].isspace():
+        is_word = text[at].isalnum() or text[at] == "_"
+        while at > 0 and not text[at - 1].isspace():
+            if (text[at - 1].isalnum() or text[at - 1] == "_") != is_word:
+                break
+            at -= 1
+    return at - 1 if at > 0 and text[at - 1] == " " else at
 
 
 @dataclass
