@@ -47,7 +47,7 @@ def run_bench(folder: Path, device: str = "auto", *, repeats: int = 15) -> dict[
     return {
         "model": str(folder.name),
         "parameters": sum(p.numel() for p in engine.model.parameters()),
-        "machine": _machine(engine),
+        "machine": machine_facts(engine),
         "load_ms": round(load_ms, 1),
         "encode": [_encode(engine, n, repeats) for n in _prompt_sizes(engine)],
         "pass": [_pass(engine, n, repeats) for n in _canvas_sizes(engine)],
@@ -79,7 +79,8 @@ def _line(name: str, ms: dict[str, float]) -> str:
     return f"{name:<28}{ms['p10']:>9.2f}{ms['p50']:>9.2f}{ms['p99']:>9.2f}"
 
 
-def _machine(engine: Infiller) -> dict[str, Any]:
+def machine_facts(engine: Infiller) -> dict[str, Any]:
+    """What times depend on beside the model: device, type of the weights, versions, load."""
     device = engine.model.device
     cuda = device.type == "cuda"
     return {

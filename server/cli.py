@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from infilld.server import discovery, fill, models, settings, train
+from infilld.server import discovery, evaluate, fill, models, settings, train
 from infilld.server.client import Client, ServerProblem
 from infilld.server.document import PositionProblem
 from infilld.server.flags import MANY, whole
@@ -76,6 +76,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         "--repeats", type=whole(1, MANY), default=15, metavar="N", help="runs of each measurement"
     )
     _add_json(bench)
+    evaluate.add_flags(verb("eval", _eval, "measure how good the model is"))
     train.add_flags(verb("train", _train, "make a starter model from source code"))
     return parser
 
@@ -185,6 +186,11 @@ def _doctor(options: argparse.Namespace, wanted: Settings) -> int:
 def _train(options: argparse.Namespace, wanted: Settings) -> int:
     _wait_passively()
     return train.run(options, wanted)
+
+
+def _eval(options: argparse.Namespace, wanted: Settings) -> int:
+    _wait_passively()
+    return evaluate.run(options, wanted)
 
 
 def _bench(options: argparse.Namespace, wanted: Settings) -> int:

@@ -1,7 +1,7 @@
 """Types of the command line's numbers, for argparse: out of range is bad usage."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 MANY = 1_000_000_000
 """The highest count where nothing but memory and patience sets a bound."""
@@ -35,6 +35,21 @@ def above_zero(high: float) -> Callable[[str], float]:
                 f"{_shown(text)}: expected a number above 0 and up to {high:g}"
             )
         return number
+
+    return read
+
+
+def some_of(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """A reader of names out of `known`, with commas between them."""
+
+    def read(text: str) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in text.split(","))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"{_shown(name)}: expected some of {', '.join(known)}"
+                )
+        return names
 
     return read
 

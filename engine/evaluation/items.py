@@ -1,0 +1,126 @@
+"""Gaps with known answers, cut out of files. Nothing is picked by hand: a seed is."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from infilld.engine.errors import RequestError
+from infilld.engine.training.corpus import SourceFile
+
+_LONGEST_SPAN_CHARS = 40
+_FEWEST_LINES, _MOST_LINES = 2, 4
+# Random places looked at for one item: a file of nothing but blank lines must end the search.
+_TRIES = 1000
+
+
+@dataclass(frozen=True)
+class Check:
+    """Tests of an item: Python that defines `check(function)`, and the function's name."""
+
+    test: str
+    entry_point: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """A gap and what stood in it.
+
+    Attributes:
+        kind: of the gap, see `KINDS`.
+        before, missing, after: the document in three parts; `missing` is the gap's true text.
+        source: path of the file, or name of the task.
+        check: tests to run; None: there are none.
+    """
+
+    kind: str
+    before: str
+    missing: str
+    after: str
+    source: str
+    check: Check | None = None
+
+    def filled(self, text: str) -> str:
+        """The document with a text in the gap."""
+        return self.before + text + self.after
+
+
+# Where a gap around a place of a text starts and ends; None where there is none.
+_Cut = Callable[[str, int, random.Random], tuple[int, int] | None]
+
+
+def cut_items(files: Sequence[SourceFile], kind: str, count: int, seed: int) -> list[Item]:
+    """Random gaps of a kind; every character of the files is as likely to be met.
+
+    Args:
+        files: held out. kind: of `KINDS`, not `benchmark`. count: items wanted.
+        seed: chooses them, and nothing else does.
+
+    Raises:
+        RequestError: the files hold too few such gaps.
+    """
+    # The first kind was measured before there were others: it keeps its draws.
+    rng = random.Random(seed) if kind == "rest_of_line" else random.Random(f"{kind} {seed}")
+    sizes = [len(file.text) for file in files]
+    items: list[Item] = []
+    for _ in range(_TRIES * count):
+        if len(items) == count:
+            break
+        file = rng.choices(files, sizes)[0]
+        found = _CUTS[kind](file.text, rng.randrange(len(file.text)), rng)
+        if found is not None:
+            start, end = found
+            text = file.text
+            items.append(Item(kind, text[:start], text[start:end], text[end:], file.path))
+    if len(items) < count:
+        raise RequestError(
+            f"{len(items)} gaps of kind {kind} in {len(files)} files, {count} are wanted",
+            remedy="Give folders with more Python source.",
+        )
+    return items
+
+
+def _rest_of_line(text: str, at: int, rng: random.Random) -> tuple[int, int] | None:
+    start, end = _line_around(text, at)
+    return (at, end) if text[at:end].strip() and text[start:at].strip() else None
+
+
+def _line(text: str, at: int, rng: random.Random) -> tuple[int, int] | None:
+    start, end = _line_around(text, at)
+    return _behind_indent(text, start, end)
+
+
+def _lines(text: str, at: int, rng: random.Random) -> tuple[int, int] | None:
+    start, end = _line_around(text, at)
+    if not text[start:end].strip():
+        return None
+    last = start
+    for _ in range(rng.randint(_FEWEST_LINES, _MOST_LINES) - 1):
+        if end == len(text):
+            return None
+        last, end = _line_around(text, end + 1)
+    # A blank last line would be a shorter gap.
+    return _behind_indent(text, start, end) if text[last:end].strip() else None
+
+
+def _span(text: str, at: int, rng: random.Random) -> tuple[int, int] | None:
+    end = at + rng.randint(1, _LONGEST_SPAN_CHARS)
+    return (at, end) if end <= len(text) and text[at:end].strip() else None
+
+
+def _line_around(text: str, at: int) -> tuple[int, int]:
+    """Start and end of the line that holds `at`; its line end is not part of it."""
+    end = text.find("\n", at)
+    return text.rfind("\n", 0, at) + 1, len(text) if end < 0 else end
+
+
+def _behind_indent(text: str, start: int, end: int) -> tuple[int, int] | None:
+    code = text[start:end].lstrip(" \t")
+    return (end - len(code), end) if code.strip() else None
+
+
+_CUTS: dict[str, _Cut] = {
+    "rest_of_line": _rest_of_line,
+    "line": _line,
+    "lines": _lines,
+    "span": _span,
+}
