@@ -5,6 +5,7 @@ it settled on, the causal likelihood of the finished text is not.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,6 +29,7 @@ from infilld.engine.found import Found
 from infilld.engine.lines import line_end, unix
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prompt import Controls, InfillPrompt
+from infilld.engine.ranking import Calibration, Candidate, Weighed, weigh
 from infilld.engine.request import (
     Alternative,
     CanvasUpdate,
@@ -40,6 +42,7 @@ from infilld.engine.request import (
 from infilld.engine.sampler import Denoised, Step, denoise
 from infilld.engine.scorer import score
 from infilld.engine.stopping import AllOf, LowEntropy, Stable
+from infilld.engine.syntax import Surroundings
 from infilld.engine.tokenizer import Tokenizer
 
 # Mean over the gap alone; the reference's 0.005 is a mean over 256 rows of which most are certain.
@@ -57,12 +60,16 @@ class FillMethod:
     """How gaps are filled. The defaults are best; the others are there to be compared.
 
     Attributes:
-        found_drafts: hypotheses that start from found drafts, at most.
+        found_drafts: hypotheses that start from found drafts, at most; 0: none is looked for.
+        found_texts: found drafts that are judged as they are, beside what became of them.
         pins_suffix: the canvas holds the first tokens of the suffix, pinned.
+        holds_back: what is probably wrong, or breaks the document, is not shown.
     """
 
     found_drafts: int = 2
+    found_texts: int = 6
     pins_suffix: bool = True
+    holds_back: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +79,7 @@ class GapPlan:
     Attributes:
         span: what is replaced. canvas: the gap it starts with, and the pinned head.
         limit_tokens: longest the gap may grow. min_tokens: fewest tokens of text.
-        drafts: tokens of the drafts that hypotheses start from, the likeliest first.
+        found: drafts that fit, the likeliest first. drafted: hypotheses that start from them.
         alternatives: hypotheses that start from noise, and fills that are wanted.
         judged: suffix tokens by which fills are scored.
         one_line: no line end may be written. newline: of the document there.
@@ -82,7 +89,8 @@ class GapPlan:
     canvas: GapCanvas
     limit_tokens: int
     min_tokens: int
-    drafts: tuple[tuple[int, ...], ...]
+    found: tuple[Candidate, ...]
+    drafted: int
     alternatives: int
     judged: tuple[int, ...]
     one_line: bool
@@ -91,7 +99,7 @@ class GapPlan:
     @property
     def rows(self) -> int:
         """Hypotheses, R."""
-        return len(self.drafts) + self.alternatives
+        return self.drafted + self.alternatives
 
 
 def plan_gap(
@@ -104,29 +112,37 @@ def plan_gap(
     config: ModelConfig,
     *,
     found: Sequence[Found] = (),
-    pins_suffix: bool = True,
+    method: FillMethod | None = None,
 ) -> GapPlan:
-    """Lay out the gap of a span, with a hypothesis for each draft that was found.
+    """Lay out the gap of a span, with hypotheses for the first drafts that were found.
 
     Raises:
         GapTooLong: a bound, or the selection, does not fit a canvas.
     """
     selection = request.text[span.start : span.end]
     head = head_of(prompt, controls)
-    pinned = head if pins_suffix else ()
+    method = method or FillMethod()
+    pinned = head if method.pins_suffix else ()
     room = max(1, config.canvas_tokens - len(pinned))
     selected = _selected_tokens(selection, room, tokenizer)
     first = first_gap_tokens(kind, selected, room, request.min_tokens, request.max_tokens)
     limit = request.max_tokens or room
-    drafts = [tuple(tokenizer.encode(draft.text)[:limit]) for draft in found]
+    least = request.min_tokens or 0
+    drafts = [
+        Candidate(draft.text, tokens, evidence=draft.evidence)
+        for draft in found
+        if least <= len(tokens := tuple(tokenizer.encode(draft.text))) <= limit
+    ]
+    drafted = drafts[: method.found_drafts]
     # A filler behind the longest draft leaves room to lengthen it.
-    longest = max((len(draft) + _DRAFT_SPARE for draft in drafts), default=0)
+    longest = max((len(draft.tokens) + _DRAFT_SPARE for draft in drafted), default=0)
     return GapPlan(
         span=span,
         canvas=GapCanvas(min(limit, max(first, longest)), pinned),
         limit_tokens=limit,
-        min_tokens=request.min_tokens or 0,
-        drafts=tuple(dict.fromkeys(drafts)),
+        min_tokens=least,
+        found=tuple(drafts),
+        drafted=len(drafted),
         alternatives=request.alternatives,
         judged=head[:_JUDGED_TOKENS],
         # Rewriting several lines may need several lines, whatever follows on the last one.
@@ -165,7 +181,9 @@ class GapRun:
     Attributes:
         model, tokenizer, sampler, controls: what fills it.
         plan: its layout. cache: the encoded prompt. seed: of every draw.
-        on_canvas, check, is_late: see `Hooks`.
+        on_canvas, on_weighed, check, is_late: see `Hooks`.
+        calibration: of the model; None: confidence is likelihood, and all of it is shown.
+        surroundings: of the span; None: nothing is held back.
     """
 
     model: DiffusionGemma
@@ -175,7 +193,10 @@ class GapRun:
     plan: GapPlan
     cache: PrefixCache
     seed: int
+    calibration: Calibration | None
+    surroundings: Surroundings | None
     on_canvas: Callable[[CanvasUpdate], None] | None
+    on_weighed: Callable[[list[Weighed]], None]
     check: Callable[[], None]
     is_late: Callable[[], bool]
     _updates: int = field(default=0, init=False)
@@ -202,30 +223,61 @@ class GapRun:
             canvas_tokens=self._canvas.canvas_tokens * self.plan.rows,
             passes=self._passes,
         )
-        kept = {fill.text: fill for fill in reversed(fills) if fill.text}
-        reason, why = self._reason(bool(kept))
-        alternatives = self._scored(list(kept.values()))
-        return replace(result, alternatives=alternatives, reason=reason, why=why, usage=usage)
-
-    def _scored(self, fills: list[_Fill]) -> tuple[Alternative, ...]:
-        """The likeliest fills, best first: every one is scored up to the same suffix tokens."""
+        candidates = self._candidates(fills)
         judged = list(self.plan.judged)
-        logs = score(self.model, self.cache, [fill.tokens + judged for fill in fills])
-        ranked = sorted(zip(logs, fills, strict=True), key=lambda pair: -float(pair[0].sum()))
-        start, end = self.plan.span.start, self.plan.span.end
-        found = []
-        for each, fill in ranked[: self.plan.alternatives]:
-            mean = float(each.mean())
-            span = SpanFill(start, end, fill.text, math.exp(mean))
-            found.append(Alternative((span,), mean))
-        return tuple(found)
+        logs = score(self.model, self.cache, [[*each.tokens, *judged] for each in candidates])
+        weighed = weigh(candidates, logs, self.calibration)
+        self.on_weighed(weighed)
+        shown, reason, why = self._shown(weighed)
+        return replace(result, alternatives=shown, reason=reason, why=why, usage=usage)
 
-    def _reason(self, is_any: bool) -> tuple[Reason, str]:
-        if is_any:
-            return "ok", ""
-        if self.is_late():
-            return "deadline", "The deadline struck before any text was certain."
-        return "empty", "The model wrote no text for this span."
+    def _candidates(self, fills: list[_Fill]) -> list[Candidate]:
+        """Every text once: what the hypotheses wrote, and what was found."""
+        written = Counter(fill.text for fill in fills if fill.text)
+        tokens = {fill.text: tuple(fill.tokens) for fill in reversed(fills)}
+        found = {draft.text: draft for draft in self.plan.found}
+        candidates = []
+        for text, rows in written.items():
+            evidence = found.pop(text).evidence if text in found else 0.0
+            candidates.append(Candidate(text, tokens[text], rows / len(fills), evidence))
+        return [*candidates, *found.values()]
+
+    def _shown(self, weighed: list[Weighed]) -> tuple[tuple[Alternative, ...], Reason, str]:
+        """The best candidates, as many as are wanted, or why there are none."""
+        if not weighed:
+            if self.is_late():
+                return (), "deadline", "The deadline struck before any text was certain."
+            return (), "empty", "The model wrote no text for this span."
+        kept, reason, why = self._held_back(weighed)
+        start, end = self.plan.span.start, self.plan.span.end
+        shown = []
+        for each in kept[: self.plan.alternatives]:
+            text = each.candidate.text.replace("\n", self.plan.newline)
+            span = SpanFill(start, end, text, each.confidence)
+            shown.append(Alternative((span,), each.score))
+        return tuple(shown), reason, why
+
+    def _held_back(self, weighed: list[Weighed]) -> tuple[list[Weighed], Reason, str]:
+        """What is left when the improbable and the breaking are taken out, and the reason if none.
+
+        Only as many are parsed as are wanted.
+        """
+        if self.surroundings is None:
+            return weighed, "ok", ""
+        least = 0.0 if self.calibration is None else self.calibration.show_above
+        likely = [each for each in weighed if each.confidence >= least]
+        if not likely:
+            best = weighed[0].confidence
+            return [], "low_confidence", f"The best text is right with a chance of {best:.0%}."
+        kept: list[Weighed] = []
+        for each in likely:
+            if len(kept) == self.plan.alternatives:
+                break
+            if not self.surroundings.are_broken_by(each.candidate.text):
+                kept.append(each)
+        if not kept:
+            return [], "does_not_parse", "Every likely text would break the syntax around it."
+        return kept, "ok", ""
 
     def _denoise(self, draft: Tensor | None) -> tuple[Denoised, list[_Fill]]:
         rows, vocab = self.plan.rows, self.model.config.vocab_tokens
@@ -262,9 +314,10 @@ class GapRun:
     def _seed_drafts(self, canvas: Tensor) -> None:
         """Put the found drafts into the first rows of a canvas [R, L], fillers behind them."""
         gap = self._canvas.gap_tokens
-        for row, draft in enumerate(self.plan.drafts):
+        for row, draft in enumerate(self.plan.found[: self.plan.drafted]):
             canvas[row, :gap] = self.controls.filler
-            canvas[row, : len(draft)] = torch.tensor(draft, device=canvas.device)
+            tokens = torch.tensor(draft.tokens, device=canvas.device)
+            canvas[row, : len(tokens)] = tokens
 
     def _max_steps(self) -> int:
         """Steps for this gap; few for a short one, since the temperature falls over all of them."""
@@ -290,5 +343,4 @@ class GapRun:
             end = next((place for place in places if logs[place] < low), gap)
             places = [place for place in places if place < end]
         kept = [tokens[place] for place in places]
-        text = self.tokenizer.text(kept).replace("\n", self.plan.newline)
-        return _Fill(text, kept, is_open)
+        return _Fill(self.tokenizer.text(kept), kept, is_open)

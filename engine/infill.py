@@ -19,6 +19,7 @@ from infilld.engine.lines import unix
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prefixes import PrefixPool
 from infilld.engine.prompt import Controls, infill_prompt
+from infilld.engine.ranking import Calibration, Weighed
 from infilld.engine.request import (
     CanvasUpdate,
     InfillRequest,
@@ -27,6 +28,7 @@ from infilld.engine.request import (
     Timings,
     Usage,
 )
+from infilld.engine.syntax import Surroundings, is_python
 from infilld.engine.tokenizer import Tokenizer
 
 # Prompts are cut to this many tokens even where the model could read more.
@@ -39,12 +41,14 @@ class Hooks:
 
     Attributes:
         on_canvas: gets a draft after every pass; None: nobody watches.
+        on_weighed: gets every candidate, the best first, before one is chosen.
         check: called before encoding, between its pieces, before denoising and after every pass;
             what it raises ends the request.
         deadline_at: `time.monotonic()` reading, seconds; None: no deadline.
     """
 
     on_canvas: Callable[[CanvasUpdate], None] | None = None
+    on_weighed: Callable[[list[Weighed]], None] = lambda weighed: None
     check: Callable[[], None] = lambda: None
     deadline_at: float | None = None
 
@@ -62,7 +66,7 @@ class Infiller:
 
     Args:
         model: weights. tokenizer: its vocabulary. sampler: its generation configuration.
-        method: how gaps are filled.
+        method: how gaps are filled. calibration: of the model's confidence, if it has one.
     """
 
     def __init__(
@@ -71,9 +75,10 @@ class Infiller:
         tokenizer: Tokenizer,
         sampler: SamplerConfig,
         method: FillMethod | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
-        self.method = method or FillMethod()
+        self.method, self.calibration = method or FillMethod(), calibration
         self.controls = Controls.of(tokenizer)
         self._prefixes = PrefixPool(model)
 
@@ -109,7 +114,7 @@ class Infiller:
             controls,
             self.model.config,
             found=self._found(span, prefix, suffix, kind),
-            pins_suffix=self.method.pins_suffix,
+            method=self.method,
         )
         encoded = started
 
@@ -141,7 +146,10 @@ class Infiller:
                     plan=plan,
                     cache=cache,
                     seed=seed,
+                    calibration=self.calibration,
+                    surroundings=self._surroundings(request, prefix, suffix),
                     on_canvas=hooks.on_canvas,
+                    on_weighed=hooks.on_weighed,
                     check=hooks.check,
                     is_late=hooks.is_late,
                 )
@@ -156,7 +164,15 @@ class Infiller:
         """Drafts for a gap; text that is to be replaced is not looked for elsewhere."""
         if span.start < span.end or not self.method.found_drafts:
             return []
-        return found_drafts(prefix, suffix, kind, most=self.method.found_drafts)
+        return found_drafts(prefix, suffix, kind, most=self.method.found_texts)
+
+    def _surroundings(
+        self, request: InfillRequest, prefix: str, suffix: str
+    ) -> Surroundings | None:
+        """What a fill must fit; None: nothing is held back."""
+        if not self.method.holds_back:
+            return None
+        return Surroundings(prefix, suffix, is_python=is_python(request.path, request.language))
 
     def _accepted(self, request: InfillRequest) -> tuple[Span, Controls]:
         if self.controls is None:

@@ -31,6 +31,7 @@ from infilld.engine.errors import (
     UnsupportedDevice,
 )
 from infilld.engine.infill import Hooks, Infiller
+from infilld.engine.ranking import Calibration
 from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult
 from infilld.engine.tokenizer import Tokenizer
 from infilld.engine.weights import load_model
@@ -331,7 +332,12 @@ def load_infiller(folder: Path, device: str = "auto") -> Infiller:
         raise NotEnoughMemory(f"{folder} does not fit on {chosen}: {error}") from None
     if chosen.type == "cuda":
         _refuse_without_kernels(model.config)
-    return Infiller(model, tokenizer, SamplerConfig.from_folder(folder))
+    return Infiller(
+        model,
+        tokenizer,
+        SamplerConfig.from_folder(folder),
+        calibration=Calibration.from_folder(folder),
+    )
 
 
 def _refuse_without_kernels(config: ModelConfig) -> None:

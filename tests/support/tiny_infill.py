@@ -8,6 +8,7 @@ from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from infilld.engine.config import ModelConfig, SamplerConfig
+from infilld.engine.gap import FillMethod
 from infilld.engine.infill import Infiller
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prompt import BOS, EOS, FILLER, PAD, PREFIX_MARK, SUFFIX_MARK
@@ -70,4 +71,6 @@ def tiny_infiller(seed: int = 0, *, max_steps: int = 8) -> Infiller:
     """An infiller over random weights and single bytes."""
     tokenizer = byte_tokenizer()
     model = tiny_model(tiny_config(tokenizer.vocab_tokens), seed)
-    return Infiller(model, tokenizer, replace(SamplerConfig(), max_steps=max_steps))
+    # What random weights write breaks any syntax; held back, it could not be looked at.
+    method = FillMethod(holds_back=False)
+    return Infiller(model, tokenizer, replace(SamplerConfig(), max_steps=max_steps), method)
