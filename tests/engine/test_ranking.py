@@ -1,0 +1,127 @@
+"""Candidates are ranked by likelihood, or by a calibration where the model has one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_infill import tiny_infiller
+
+from infilld.engine.errors import CheckpointMismatch
+from infilld.engine.evaluation.calibrate import fit, save_calibration
+from infilld.engine.gap import FillMethod
+from infilld.engine.infill import Hooks, Infiller
+from infilld.engine.ranking import CALIBRATION, Calibration, Candidate, Weighed, features_of, weigh
+from infilld.engine.request import InfillRequest, Span
+
+GUESS = Candidate("a", (1,), rows=1.0)
+FOUND = Candidate("b + c", (2, 3, 4), evidence=40.0)
+# Two suffix tokens behind each.
+LOGS = [torch.tensor([-0.5, -1.0, -1.0]), torch.tensor([-2.0, -1.0, -4.0, -0.5, -0.5])]
+TEXT = "total = price + postage\nprint(total)\ntotal = price + "
+
+
+def test_features_are_those_of_the_fill_and_of_what_follows() -> None:
+    found = features_of(FOUND, LOGS[1])
+    assert found["fill_nats"] == pytest.approx(-0.7)
+    assert found["suffix_nats"] == pytest.approx(-0.1)
+    assert found["worst_nats"] == pytest.approx(-0.4)
+    assert found["tokens"] == pytest.approx(0.3)
+    assert (found["is_found"], found["evidence"], found["strong_evidence"]) == (1.0, 2.0, 1.0)
+    assert features_of(GUESS, LOGS[0])["is_found"] == 0.0
+
+
+def test_without_a_calibration_the_likeliest_comes_first() -> None:
+    ranked = weigh([FOUND, GUESS], [LOGS[1], LOGS[0]], None)
+    assert [each.candidate for each in ranked] == [GUESS, FOUND]
+    assert ranked[0].score == pytest.approx(-2.5 / 3)
+    assert ranked[0].confidence == pytest.approx(torch.tensor(-2.5 / 3).exp().item())
+
+
+def test_a_calibration_may_trust_what_was_found() -> None:
+    trusting = Calibration(weights={"evidence": 2.0}, bias=-2.0, show_above=0.1)
+    ranked = weigh([GUESS, FOUND], LOGS, trusting)
+    assert ranked[0].candidate == FOUND
+    assert ranked[0].confidence == pytest.approx(torch.sigmoid(torch.tensor(2.0)).item())
+
+
+def test_a_fitted_calibration_knows_how_often_it_is_right() -> None:
+    generator = torch.Generator().manual_seed(0)
+    judged = []
+    for _ in range(400):
+        evidence = float(torch.rand((), generator=generator))
+        is_right = float(torch.rand((), generator=generator)) < 0.1 + 0.8 * (evidence > 0.5)
+        noise = float(torch.rand((), generator=generator))
+        judged.append([({"evidence": evidence, "noise": noise}, is_right)])
+    found = fit(judged)
+    assert found.weights["evidence"] > 5 * abs(found.weights["noise"])
+    likely = found.confidence({"evidence": 0.9, "noise": 0.5})
+    unlikely = found.confidence({"evidence": 0.1, "noise": 0.5})
+    assert unlikely < 0.25 < 0.75 < likely
+
+
+def test_a_calibration_is_kept_in_the_model_folder(tmp_path: Path) -> None:
+    assert Calibration.from_folder(tmp_path) is None
+    made = Calibration(weights={"evidence": 1.5}, bias=-1.0, show_above=0.2)
+    save_calibration(made, tmp_path)
+    assert Calibration.from_folder(tmp_path) == made
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weights": 1, "bias": 0, "show_above": 0}', '{"other": 1}']
+)
+def test_a_damaged_calibration_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / CALIBRATION).write_text(text)
+    with pytest.raises(CheckpointMismatch, match=CALIBRATION):
+        Calibration.from_folder(tmp_path)
+
+
+def _request(text: str = TEXT) -> InfillRequest:
+    return InfillRequest(text=text, spans=(Span(len(text), len(text)),), seed=3)
+
+
+def _engine(calibration: Calibration | None, **method: bool) -> Infiller:
+    bare = tiny_infiller()
+    return Infiller(bare.model, bare.tokenizer, bare.sampler, FillMethod(**method), calibration)
+
+
+def test_found_text_is_weighed_beside_what_the_canvas_wrote() -> None:
+    seen: list[Weighed] = []
+    _engine(None, holds_back=False).infill(_request(), Hooks(on_weighed=seen.extend))
+    found = [each.candidate for each in seen if each.candidate.evidence]
+    assert [draft.text for draft in found] == ["postage"]
+    assert any(each.candidate.rows for each in seen)
+
+
+def test_what_was_found_wins_where_it_is_trusted() -> None:
+    trusting = Calibration(weights={"is_found": 5.0}, bias=-2.0, show_above=0.5)
+    result = _engine(trusting).infill(_request())
+    assert result.reason == "ok"
+    assert result.alternatives[0].spans[0].text == "postage"
+    assert result.alternatives[0].spans[0].confidence == pytest.approx(0.9526, abs=1e-3)
+
+
+def test_what_is_improbable_is_held_back_with_its_chance() -> None:
+    doubting = Calibration(weights={}, bias=-2.0, show_above=0.5)
+    result = _engine(doubting).infill(_request())
+    assert (result.reason, result.alternatives) == ("low_confidence", ())
+    assert "12%" in result.why
+    shown = _engine(doubting, holds_back=False).infill(_request())
+    assert shown.reason == "ok"
+
+
+def test_what_breaks_the_document_is_held_back() -> None:
+    # The only text that is trusted closes a bracket that is not open here.
+    trusting = Calibration(weights={"is_found": 9.0}, bias=-4.0, show_above=0.5)
+    text = "y = (a + b)\nx = 1\ny = a + "
+    result = _engine(trusting).infill(_request(text))
+    assert (result.reason, result.alternatives) == ("does_not_parse", ())
+    assert _engine(trusting, holds_back=False).infill(_request(text)).reason == "ok"
+    fits = "y = (a + b)\nx = 1\ny = (a + "
+    assert _engine(trusting).infill(_request(fits)).alternatives[0].spans[0].text == "b)"
+
+
+def test_the_saved_calibration_is_plain_json(tmp_path: Path) -> None:
+    save_calibration(Calibration(weights={"rows": 1.0}, bias=0.0, show_above=0.1), tmp_path)
+    found = json.loads((tmp_path / CALIBRATION).read_text())
+    assert found == {"weights": {"rows": 1.0}, "bias": 0.0, "show_above": 0.1}

@@ -1,0 +1,54 @@
+"""A fill is blamed for broken syntax only where nothing else is broken."""
+
+import time
+
+import pytest
+
+from infilld.engine.syntax import Surroundings, is_python
+
+
+@pytest.mark.parametrize(
+    ("prefix", "fill", "suffix", "broken"),
+    [
+        ("x = ", "1", "\n", False),
+        ("x = ", "(1", "\n", True),
+        ("def f(a):\n    return a +", " a", "\n", False),
+        ("def f(a):\n    return a +", " a)", "\n", True),
+        # A line that opens a block.
+        ("if x", " > 1:", "\n    y = 1\n", False),
+        ("if x", " > 1", "\n    y = 1\n", True),
+        ("try:\n    f()\nexcept", " ValueError", "\n    pass\n", True),
+        ("if a:\n    f()\nel", "if b", "\n    pass\n", True),
+        # Inside brackets.
+        ("f(\n    1,\n    ", "2 3", ",\n)\n", True),
+        ("d = {\n    'a': 1,\n    ", "'b' 2", ",\n}\n", True),
+        ("d = {\n    'a': 1,\n    ", "'b': 2", ",\n}\n", False),
+        # Broken elsewhere: nothing can be said.
+        ("def (\n\nx = ", "((", "\n", False),
+        ("x = ", "((", "\ny = = 2\n", False),
+        ("function f() {\n  return ", "((", ";\n}\n", False),
+        ("", "((", "", True),
+        ("s = '\0'\nx = ", "((", "\n", False),
+    ],
+)
+def test_what_breaks_a_document(prefix: str, fill: str, suffix: str, broken: bool) -> None:
+    assert Surroundings(prefix, suffix).are_broken_by(fill) is broken
+
+
+def test_other_languages_are_not_judged() -> None:
+    assert not Surroundings("", "", is_python=False).are_broken_by("((")
+    assert is_python(None, None)
+    assert is_python("a/b.py", None)
+    assert is_python("b.js", "Python")
+    assert not is_python("a/b.js", None)
+    assert not is_python("a/b.py", "javascript")
+
+
+def test_a_long_document_is_judged_in_bounded_time() -> None:
+    surroundings = Surroundings("x = 1\n" * 16_000 + "y = ", "\n")
+    started = time.monotonic()
+    assert surroundings.are_broken_by("((")
+    assert time.monotonic() - started < 5
+    started = time.monotonic()
+    assert not Surroundings("x = 1\n" * 200_000, "\n").are_broken_by("((")
+    assert time.monotonic() - started < 0.1
