@@ -1,13 +1,16 @@
 """The model card: data, compute and measured quality, written from the records of the run."""
 
+import math
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from infilld.engine.training.base import Base
 from infilld.engine.training.corpus import Corpus, Package
 from infilld.engine.training.recipe import TrainOptions
+from infilld.engine.training.report import is_comparison, rows
 from infilld.engine.training.trainer import Progress
 from infilld.engine.weights import inspect_checkpoint
 from infilld.engine.worker import pick_device
@@ -16,17 +19,32 @@ CARD = "MODEL_CARD.md"
 
 
 def write_card(
-    options: TrainOptions, corpus: Corpus, progress: Progress, report: dict[str, Any]
+    options: TrainOptions,
+    base: Base | None,
+    corpus: Corpus,
+    progress: Progress,
+    report: dict[str, Any],
 ) -> Path:
     """Write MODEL_CARD.md into the model folder; returns its path."""
     path = options.out / CARD
-    sections = [_head(options, progress), _quality(report), _data(corpus)]
+    sections = [_head(base), _shape(options), _compute(options, base, progress)]
+    if is_comparison(report):
+        sections += [_change(report), _quality(report["after"])]
+    else:
+        sections += [_quality(report)]
+    sections += [_data(corpus) if not options.sources else _own_data(options, corpus)]
     path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return path
 
 
-def _head(options: TrainOptions, progress: Progress) -> str:
-    return f"""# A small infilling model for Python
+def _head(base: Base | None) -> str:
+    if base is not None:
+        return f"""# A small infilling model for Python, adapted
+
+Made by `infilld train --from {base.folder.name}`: weights, vocabulary and shapes are those of the
+model `{base.folder.name}`, sha256 of its tensors `{base.sha256}`; its card and its licence apply.
+What it learned since, and from which sources, stands below. `infilld models use DIR` loads it."""
+    return """# A small infilling model for Python
 
 Made by `infilld train` in the layout of DiffusionGemma: a block-diffusion model whose prompt is
 read causally and whose canvas is refined by bidirectional passes. It is small; "Quality"
@@ -37,25 +55,33 @@ infilld uses it when no other model is configured. `transformers` opens it with
 `DiffusionGemmaForBlockDiffusion` and `AutoTokenizer`. Prompt:
 `<bos><|fim_suffix|>` suffix `<|fim_prefix|>` prefix; canvas: the gap, `<|filler|>` where it needs
 no text, then up to 16 tokens of the suffix, `<eos>` where the text ends. The vision tower holds
-zeros: the public class insists on one. Licence: Apache-2.0, as the project.
+zeros: the public class insists on one. Licence: Apache-2.0, as the project."""
 
-{_shape(options)}
 
-## Compute
+def _compute(options: TrainOptions, base: Base | None, progress: Progress) -> str:
+    minutes, planned = progress.elapsed_s / 60, options.planned_minutes
+    unfinished = "" if minutes >= planned else f" of {planned:g}: stopped early, not finished"
+    given = "" if base is None else f"--from {base.folder.name} FOLDER "
+    source = "the same folders" if options.sources else "the packages below"
+    return f"""## Compute
 | | |
 |---|---|
 | size | {options.size} recipe (`engine/training/recipe.py`) |
-| training | {progress.steps:,} steps, {progress.elapsed_s / 60:.0f} minutes |
+| training | {progress.steps:,} steps, {minutes:.0f} minutes{unfinished} |
 | encoder tokens seen | {progress.encoder_tokens:,} |
 | gap positions seen | {progress.canvas_tokens:,} |
-| last encoder loss, smoothed | {progress.encoder_nats:.3f} nats a token |
-| last gap loss, smoothed, all noise, fillers too | {progress.gap_nats:.3f} nats a token |
+| last encoder loss, smoothed | {_nats(progress.encoder_nats)} |
+| last gap loss, smoothed, all noise, fillers too | {_nats(progress.gap_nats)} |
 | machine | {platform.machine()}, device {pick_device(options.device)}, \
 {torch.get_num_threads()} threads |
 | seed | {options.seed} |
 
-`infilld train --size {options.size} --minutes {options.minutes:g} --out DIR` makes it again from
-the packages below; the clock decides the number of steps, so not bit for bit."""
+`infilld train {given}--size {options.size} --minutes {planned:g} --out DIR` makes it again from
+{source}; the clock decides the number of steps, so not bit for bit."""
+
+
+def _nats(loss: float) -> str:
+    return "not trained yet" if math.isnan(loss) else f"{loss:.3f} nats a token"
 
 
 def _shape(options: TrainOptions) -> str:
@@ -100,6 +126,25 @@ the rest of the line missing, chosen by seed {report["seed"]}. The same items fo
 
 Cross-entropy on held-out text: encoder {report["encoder_nats"]:.3f} nats a token; a gap's text in
 the first pass from pure noise {report["first_pass_gap_nats"]:.3f} nats a token."""
+
+
+def _change(report: dict[str, Any]) -> str:
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows(report))
+    return f"""## Before and after
+The model it was made from and this one, on the same items of the same held-out files.
+
+| | before | after | change |
+|---|--:|--:|--:|
+{lines}"""
+
+
+def _own_data(options: TrainOptions, corpus: Corpus) -> str:
+    names = ", ".join(f"`{source.resolve().name}`" for source in options.sources)
+    chars = sum(len(file.text) for file in corpus.training)
+    return f"""## Data
+Python source of the folders {names}: {len(corpus.training):,} files, {chars:,} characters after
+leaving out files above 100 kB, tables, copies and near-copies. {len(corpus.held_out):,} more files,
+chosen by a hash of their path, were held out: files that were learned from may resemble them."""
 
 
 def _data(corpus: Corpus) -> str:

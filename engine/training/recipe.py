@@ -1,13 +1,22 @@
 """Sizes and numbers of a training run."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from infilld.engine.config import LayerKind, ModelConfig, Rope
+from infilld.engine.errors import RequestError, Unsupported
 from infilld.engine.training.examples import ExampleShape
 
 SizeName = Literal["cpu", "gpu"]
+
+MINUTES, ADAPTING_MINUTES = 60.0, 10.0
+# A prompt shorter than this holds no more than a few lines.
+_SHORTEST_ENCODER_TOKENS = 64
+# A model that is good already moves by a part of the rate it was trained with.
+_ADAPTING_RATE = 1 / 3
+_ADAPTING_WARMUP_STEPS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,26 +26,53 @@ class TrainOptions:
     Attributes:
         sources: folders of Python source; empty: the standard library and the permissively
             licensed packages of this environment.
+        base: folder of the model to go on from, with its vocabulary and shapes; None: a new
+            model. It needs `sources`.
         out: folder of the finished model.
         state: folder of the corpus, vocabulary and checkpoints, so that a run can go on later;
             None: `out` with `.training` appended.
-        minutes: of training, over all resumed runs; the learning rate is fitted to it.
-        size: "cpu" (about 2 M parameters) or "gpu" (about 20 M).
+        minutes: of training, over all resumed runs; the learning rate is fitted to it. None: 60,
+            or 10 with a `base`.
+        pause_minutes: after which this run stops, all its stages together, with a model of what
+            was learned so far; the next one goes on. None: it does not.
+        size: "cpu" (about 2 M parameters) or "gpu" (about 20 M). With a `base` only the sizes of
+            the batches and the learning rate are taken from it.
         fresh: forget an interrupted run instead of going on with it.
         seed: of initialisation, examples and noise.
         device: as for the daemon.
+        items: gaps that are filled to evaluate the model.
         max_steps: ends the run early; for tests.
+
+    Raises:
+        RequestError: a number that means nothing.
     """
 
     sources: tuple[Path, ...] = ()
+    base: Path | None = None
     out: Path = Path("starter")
     state: Path | None = None
-    minutes: float = 60.0
+    minutes: float | None = None
+    pause_minutes: float | None = None
     size: SizeName = "cpu"
     fresh: bool = False
     seed: int = 0
     device: str = "auto"
+    items: int = 200
     max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing."""
+        for name in ("minutes", "pause_minutes", "items", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise RequestError(f"{name} is {value}", remedy="Give a number above 0.")
+
+    @property
+    def planned_minutes(self) -> float:
+        """Minutes of training in all."""
+        if self.minutes is not None:
+            return self.minutes
+        return MINUTES if self.base is None else ADAPTING_MINUTES
 
     @property
     def state_folder(self) -> Path:
@@ -187,3 +223,42 @@ RECIPES: dict[SizeName, Recipe] = {
         warmup_steps=200,
     ),
 }
+
+
+def adapting(recipe: Recipe, config: ModelConfig) -> Recipe:
+    """How a trained model goes on with other sources, in steps of the size of a recipe's.
+
+    Args:
+        recipe: batches and learning rate come from it. config: of the model that goes on.
+
+    Raises:
+        Unsupported: the model reads too little for an example.
+    """
+    shapes = tuple((_fitted(shape, config), share) for shape, share in recipe.phases[-1].shapes)
+    return replace(
+        recipe,
+        phases=(Phase(until=1.0, shapes=shapes, unrolled=0.4, encoder_weight=1.0),),
+        learning_rate=_ADAPTING_RATE * recipe.learning_rate,
+        warmup_steps=_ADAPTING_WARMUP_STEPS,
+        decay_share=1.0,
+    )
+
+
+def _fitted(shape: ExampleShape, config: ModelConfig) -> ExampleShape:
+    """The shape, as far as the model's canvas and positions reach."""
+    head_tokens = shape.canvas_tokens - shape.gap_tokens
+    gap_tokens = min(shape.gap_tokens, config.canvas_tokens - head_tokens)
+    encoder_tokens = min(shape.encoder_tokens, config.max_positions - gap_tokens - head_tokens)
+    if gap_tokens < 1 or encoder_tokens < _SHORTEST_ENCODER_TOKENS:
+        raise Unsupported(
+            f"a canvas of {config.canvas_tokens} and {config.max_positions} positions in all are "
+            f"too few to train: expected more than {head_tokens}, and {_SHORTEST_ENCODER_TOKENS} "
+            "beside the canvas",
+            remedy="Start from the starter model, or from one that `infilld train` made.",
+        )
+    return replace(
+        shape,
+        gap_tokens=gap_tokens,
+        encoder_tokens=encoder_tokens,
+        suffix_tokens=min(shape.suffix_tokens, encoder_tokens // 4),
+    )

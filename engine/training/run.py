@@ -4,10 +4,11 @@ Every stage leaves its result in the state folder and is skipped when it is ther
 interrupted run goes on where it was.
 """
 
-import json
+import math
 import os
 import random
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,83 +19,156 @@ from infilld.engine.infill import Infiller
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prompt import Controls
 from infilld.engine.training import corpus as corpora
+from infilld.engine.training.base import TOKENIZER_FILES, Base, claim
 from infilld.engine.training.batches import Batches, workers_for
 from infilld.engine.training.card import write_card
 from infilld.engine.training.evaluate import evaluate
 from infilld.engine.training.examples import ExampleBuilder
 from infilld.engine.training.export import export_model
-from infilld.engine.training.recipe import RECIPES, Recipe, TrainOptions
+from infilld.engine.training.plot import plot_losses
+from infilld.engine.training.recipe import RECIPES, Recipe, TrainOptions, adapting
+from infilld.engine.training.report import compared, to_json
 from infilld.engine.training.trainer import Progress, Trainer
 from infilld.engine.training.vocabulary import load_vocabulary, save_vocabulary, train_vocabulary
 from infilld.engine.training.wiring import initialise
 from infilld.engine.worker import load_infiller, pick_device
 
 Say = Callable[[str], None]
+Show = Callable[[Progress], None]
+
+EVALUATION, PLOT = "evaluation.json", "loss.png"
 
 # A vocabulary is as good from a part of the corpus, and sooner done.
 _VOCABULARY_FILES = 2000
 # A package 10 times as large is taken 5.6 times as often: no one style shall rule.
 _SIZE_DAMPING = 0.25
-_EVALUATED_ITEMS = 200
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# One's own sources are few, and without a held-out file nothing tells whether training helped.
+_OWN_HELD_OUT_SHARE = 0.1
+_EVALUATION_SEED = 0
 
 
-def train(options: TrainOptions, say: Say = lambda line: None) -> dict[str, Any]:
+def train(
+    options: TrainOptions, say: Say = lambda line: None, show: Show | None = None
+) -> dict[str, Any]:
     """Make a model folder from Python sources, or go on making it.
 
     Args:
         options: see `TrainOptions`.
         say: gets one line for each thing that happened.
+        show: gets the progress after every step; None: `say` gets a line on it now and then.
 
     Returns:
-        The evaluation, as in evaluation.json of the model folder.
+        The evaluation, as in evaluation.json of the model folder; with a base that of the base, of
+        the new model, and the change. Empty where no file is held out.
 
     Raises:
-        RequestError: no usable source, or a folder that cannot be written.
+        RequestError: no usable source, a folder that cannot be written or holds another run, or a
+            base that cannot be trained.
+        ModelError: a base that cannot be read, or no such device.
     """
+    pause_at = math.inf
+    if options.pause_minutes is not None:
+        pause_at = time.monotonic() + 60 * options.pause_minutes
+    device = pick_device(options.device)
+    base = Base.of(options)
     state = _prepared(options)
+    claim(state, base, options.sources)
     corpus = _corpus(options, state, say)
     recipe = RECIPES[options.size]
-    _vocabulary(recipe, corpus, state, options.seed, say)
-    trainer = _trainer(options, recipe, corpus, state, say)
+    if base is None:
+        _vocabulary(recipe, corpus, state, options.seed, say)
+        model = DiffusionGemma(recipe.model_config())
+        initialise(model, options.seed)
+        model.to(device)
+    else:
+        recipe = adapting(recipe, base.config)
+        base.copy_vocabulary(state)
+        model = base.model(device)
+    trainer = _trainer(model, options, recipe, corpus, state, say)
     try:
-        trainer.run(lambda progress: say(describe(progress, options)), max_steps=options.max_steps)
+        trainer.run(
+            lambda progress: None if show else say(describe(progress, options)),
+            show=show or (lambda progress: None),
+            max_steps=options.max_steps,
+            pause_at=pause_at,
+        )
     finally:
         trainer.batches.close()
-    export(trainer.averaged(), options.out, state)
+    generation = None if base is None else base.generation()
+    export(trainer.averaged(), options.out, state, generation)
     say(f"wrote {options.out}")
-    return assess(options, corpus, trainer.progress, say)
+    plot(trainer.progress, options.out, say)
+    if not trainer.is_done:
+        minutes = trainer.progress.elapsed_s / 60
+        say(
+            f"stopped after {minutes:.1f} of {options.planned_minutes:g} min of training; "
+            "the same command goes on"
+        )
+    return assess(options, base, corpus, trainer.progress, say)
 
 
-def export(model: DiffusionGemma, out: Path, state: Path) -> None:
-    """Write model and vocabulary into the model folder."""
-    export_model(model, out)
-    for name in _TOKENIZER_FILES:
-        shutil.copyfile(state / name, out / name)
+def export(
+    model: DiffusionGemma, out: Path, state: Path, generation: dict[str, Any] | None = None
+) -> None:
+    """Write model and vocabulary into the model folder; `generation` as for `export_model`."""
+    export_model(model, out, generation)
+    for name in TOKENIZER_FILES:
+        if (state / name).exists():
+            shutil.copyfile(state / name, out / name)
+
+
+def plot(progress: Progress, out: Path, say: Say) -> None:
+    """Draw the losses into the model folder, where there is what draws them."""
+    try:
+        plot_losses(progress.history, out / PLOT)
+    except ImportError:
+        say(f"no {PLOT}: matplotlib is not installed; pip install 'infilld[train]' brings it")
 
 
 def assess(
-    options: TrainOptions, corpus: corpora.Corpus, progress: Progress, say: Say
+    options: TrainOptions,
+    base: Base | None,
+    corpus: corpora.Corpus,
+    progress: Progress,
+    say: Say,
 ) -> dict[str, Any]:
     """Evaluate the exported folder on the held-out files; write evaluation.json and the card."""
     report: dict[str, Any] = {}
+    path = options.out / EVALUATION
     if corpus.held_out:
-        say(f"evaluating on {len(corpus.held_out)} held-out files")
-        engine: Infiller = load_infiller(options.out, options.device)
-        report = evaluate(engine, [file.text for file in corpus.held_out], items=_EVALUATED_ITEMS)
-        path = options.out / "evaluation.json"
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    write_card(options, corpus, progress, report)
+        files = f"{len(corpus.held_out)} held-out files"
+        if base is not None:
+            say(f"evaluating the model before, on {files}")
+            before = measure(base.folder, options, corpus)
+        say(f"evaluating on {files}")
+        report = measure(options.out, options, corpus)
+        if base is not None:
+            report = compared(before, report)
+        path.write_text(to_json(report), encoding="utf-8")
+    else:
+        say(
+            f"not evaluated: none of the {len(corpus.training)} files is held out. Name more "
+            "folders, 40 files or more in all, and train with --fresh"
+        )
+        path.unlink(missing_ok=True)
+    write_card(options, base, corpus, progress, report)
     return report
+
+
+def measure(folder: Path, options: TrainOptions, corpus: corpora.Corpus) -> dict[str, Any]:
+    """The evaluation of a model folder; the same items for every model and run."""
+    engine: Infiller = load_infiller(folder, options.device)
+    texts = [file.text for file in corpus.held_out]
+    return evaluate(engine, texts, items=options.items, seed=_EVALUATION_SEED)
 
 
 def describe(progress: Progress, options: TrainOptions) -> str:
     """One line on where a run is."""
     done = progress.elapsed_s / 60
     return (
-        f"{done:6.1f} of {options.minutes:g} min  step {progress.steps:6d}  "
-        f"encoder {progress.encoder_nats:.3f}  gap {progress.gap_nats:.3f} nats  "
-        f"{progress.encoder_tokens / progress.elapsed_s:,.0f} tokens/s"
+        f"{done:6.1f} of {options.planned_minutes:g} min  step {progress.steps:6d}  "
+        f"{progress.losses}  "
+        f"{progress.tokens_per_s:,.0f} tokens/s"
     )
 
 
@@ -121,11 +195,15 @@ def _corpus(options: TrainOptions, state: Path, say: Say) -> corpora.Corpus:
     if (folder / "packages.json").exists():
         return corpora.load(folder)
     try:
-        corpus = (
-            corpora.collect_folders(options.sources)
-            if options.sources
-            else corpora.collect_installed()
-        )
+        if options.base is not None:
+            say("reading your sources")
+            corpus = corpora.collect_folders(options.sources, _OWN_HELD_OUT_SHARE)
+        elif options.sources:
+            say("reading the sources")
+            corpus = corpora.collect_folders(options.sources)
+        else:
+            say("reading the standard library and the installed packages")
+            corpus = corpora.collect_installed()
     except FileNotFoundError as error:
         raise RequestError(str(error), remedy="Name folders that hold .py files.") from None
     corpora.save(corpus, folder)
@@ -138,8 +216,9 @@ def _corpus(options: TrainOptions, state: Path, say: Say) -> corpora.Corpus:
 
 
 def _vocabulary(recipe: Recipe, corpus: corpora.Corpus, state: Path, seed: int, say: Say) -> None:
-    if all((state / name).exists() for name in _TOKENIZER_FILES):
+    if all((state / name).exists() for name in TOKENIZER_FILES):
         return
+    say("making the vocabulary")
     texts = [file.text for file in corpus.training]
     chosen = random.Random(seed).sample(texts, min(len(texts), _VOCABULARY_FILES))
     tokenizer = train_vocabulary(chosen, recipe.vocab_tokens)
@@ -148,21 +227,26 @@ def _vocabulary(recipe: Recipe, corpus: corpora.Corpus, state: Path, seed: int, 
 
 
 def _trainer(
-    options: TrainOptions, recipe: Recipe, corpus: corpora.Corpus, state: Path, say: Say
+    model: DiffusionGemma,
+    options: TrainOptions,
+    recipe: Recipe,
+    corpus: corpora.Corpus,
+    state: Path,
+    say: Say,
 ) -> Trainer:
     tokenizer = load_vocabulary(state)
     controls = Controls.of(tokenizer)
     assert controls is not None
-    model = DiffusionGemma(recipe.model_config())
-    initialise(model, options.seed)
-    model.to(pick_device(options.device))
     texts = [file.text for file in corpus.training]
     builder = ExampleBuilder(texts, tokenizer, controls, _weights(corpus))
     workers = workers_for(model.device.type)
     batches = Batches(builder, options.seed, workers=workers)
-    trainer = Trainer(model, recipe, batches, state, minutes=options.minutes, seed=options.seed)
+    minutes = options.planned_minutes
+    trainer = Trainer(model, recipe, batches, state, minutes=minutes, seed=options.seed)
     if trainer.resume():
         say(f"going on after step {trainer.progress.steps}")
+        if trainer.is_done:
+            say(f"its {minutes:g} minutes are spent: --minutes adds some, --fresh starts over")
     parameters = sum(p.numel() for p in model.parameters())
     say(f"model: {parameters / 1e6:.2f} M parameters on {model.device}")
     return trainer

@@ -1,7 +1,6 @@
 """The training loop: steps, a schedule fitted to the clock, checkpoints, going on after a stop."""
 
 import copy
-import json
 import math
 import os
 import random
@@ -13,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infilld.engine.errors import ModelError
+from infilld.engine.errors import ModelError, RequestError
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.training.batches import Batches
 from infilld.engine.training.joint import Losses
 from infilld.engine.training.muon import optimizers_of
 from infilld.engine.training.recipe import Phase, Recipe
+from infilld.engine.training.report import to_json
 from infilld.engine.training.side_by_side import SideBySide
 
 CHECKPOINT = "checkpoint.pt"
@@ -46,6 +46,17 @@ class Progress:
     encoder_nats: float = math.nan
     gap_nats: float = math.nan
     history: list[list[float]] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Encoder tokens a second."""
+        return self.encoder_tokens / self.elapsed_s if self.steps else 0.0
+
+    @property
+    def losses(self) -> str:
+        """The losses for people; "-" where nothing was scored yet."""
+        shown = ("-" if math.isnan(n) else f"{n:.3f}" for n in (self.encoder_nats, self.gap_nats))
+        return "encoder {}  gap {} nats".format(*shown)
 
     def observe(self, losses: Losses, seconds: float, encoder: int, canvas: int) -> None:
         """Count one step."""
@@ -94,11 +105,21 @@ class Trainer:
         self._optimizers = optimizers_of(model, recipe.learning_rate, recipe.weight_decay)
 
     def resume(self) -> bool:
-        """Go on from the checkpoint of the state folder; False when there is none."""
+        """Go on from the checkpoint of the state folder; False when there is none.
+
+        Raises:
+            RequestError: it belongs to a model of another shape.
+        """
         path = self.state / CHECKPOINT
         if not path.exists():
             return False
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = {name: tensor.shape for name, tensor in saved["model"].items()}
+        if shapes != {name: tensor.shape for name, tensor in self.model.state_dict().items()}:
+            raise RequestError(
+                f"{path} is the checkpoint of a model of another shape",
+                remedy="Choose another state folder with --state, or forget it with --fresh.",
+            )
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self._optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -121,7 +142,8 @@ class Trainer:
             fresh,
         )
         os.replace(fresh, path)
-        (self.state / "progress.json").write_text(json.dumps(asdict(self.progress)))
+        told = to_json(asdict(self.progress), indent=None)
+        (self.state / "progress.json").write_text(told, encoding="utf-8")
 
     def averaged(self) -> DiffusionGemma:
         """A copy of the model with the averaged weights: better than the last ones."""
@@ -129,14 +151,28 @@ class Trainer:
         model.load_state_dict(self.average, strict=False)
         return model.eval()
 
-    def run(self, report: Callable[[Progress], None], *, max_steps: int | None = None) -> Progress:
-        """Train until the minutes are spent; an interrupt saves and is raised again."""
-        saved = reported = time.monotonic()
+    def run(
+        self,
+        report: Callable[[Progress], None],
+        *,
+        show: Callable[[Progress], None] = lambda progress: None,
+        max_steps: int | None = None,
+        pause_at: float = math.inf,
+    ) -> Progress:
+        """Train until the minutes are spent; an interrupt saves and is raised again.
+
+        Args:
+            report: called every quarter of a minute and at the end. show: called after every step.
+            max_steps: ends the run early.
+            pause_at: `time.monotonic()` reading at which it ends early too.
+        """
+        saved = reported = now = time.monotonic()
         try:
-            while self.progress.elapsed_s < self.limit_s:
+            while not self.is_done and now < pause_at:
                 if max_steps is not None and self.progress.steps >= max_steps:
                     break
                 self.step()
+                show(self.progress)
                 now = time.monotonic()
                 if now - reported >= _REPORT_S:
                     reported = now
@@ -150,6 +186,11 @@ class Trainer:
         self._note()
         report(self.progress)
         return self.progress
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the minutes are spent."""
+        return self.progress.elapsed_s >= self.limit_s
 
     def step(self) -> Losses:
         """One optimiser step on one batch."""

@@ -35,6 +35,11 @@ TOY = dataclasses.replace(
     warmup_steps=5,
 )
 
+READING = dataclasses.replace(
+    TOY,
+    phases=(Phase(until=1.0, shapes=((dataclasses.replace(SHAPE, canvases=0), 1.0),)),),
+)
+
 
 def source(name: str, functions: int = 40) -> str:
     return "".join(
@@ -95,21 +100,98 @@ def test_the_rate_rises_holds_and_falls_to_nothing(tmp_path: Path) -> None:
 
 def test_sources_become_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RECIPES, "cpu", TOY)
-    monkeypatch.setattr(run, "_EVALUATED_ITEMS", 3)
     code = tmp_path / "code"
     code.mkdir()
     for name in map(chr, range(ord("a"), ord("z") + 1)):
         (code / f"{name}.py").write_text(source(name * 3, 15))
     said: list[str] = []
-    options = TrainOptions(sources=(code,), out=tmp_path / "out", max_steps=2, device="cpu")
+    options = TrainOptions(
+        sources=(code,), out=tmp_path / "out", max_steps=2, device="cpu", items=3
+    )
     report = run.train(options, said.append)
     assert load_model(options.out).config.vocab_tokens == TOY.vocab_tokens
     assert json.loads((options.out / "evaluation.json").read_text()) == report
     assert 0 <= report["rest_of_line"]["canvas"]["exact_match"] <= 1
     assert "2 steps" in (options.out / "MODEL_CARD.md").read_text()
     assert any("held out" in line for line in said)
-    run.train(dataclasses.replace(options, max_steps=3), said.append)
+    assert (options.out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    steps: list[int] = []
+    monkeypatch.setattr(run, "measure", lambda *_: report)
+    run.train(
+        dataclasses.replace(options, max_steps=3),
+        said.append,
+        lambda progress: steps.append(progress.steps),
+    )
     assert "going on after step 2" in said
+    assert steps == [3]
+
+
+def test_a_pause_keeps_what_was_learned_and_the_next_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "cpu", TOY)
+    (tmp_path / "a.py").write_text(source("a"))
+    said: list[str] = []
+    options = TrainOptions(
+        sources=(tmp_path / "a.py",),
+        out=tmp_path / "out",
+        state=tmp_path / "state",
+        minutes=1000,
+        pause_minutes=0.02,
+        device="cpu",
+    )
+    run.train(options, said.append)
+    done = json.loads((options.state_folder / "progress.json").read_text())["steps"]
+    assert any("of 1000 min of training; the same command goes on" in line for line in said)
+    assert "stopped early, not finished" in (options.out / "MODEL_CARD.md").read_text()
+    assert load_model(options.out).config.vocab_tokens == TOY.vocab_tokens
+    run.train(options, said.append)
+    assert f"going on after step {done}" in said
+
+
+def test_a_run_whose_minutes_are_spent_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "cpu", TOY)
+    (tmp_path / "a.py").write_text(source("a"))
+    said: list[str] = []
+    options = TrainOptions(
+        sources=(tmp_path / "a.py",), out=tmp_path / "out", minutes=1e-6, device="cpu"
+    )
+    run.train(options)
+    run.train(options, said.append)
+    assert any("minutes are spent" in line for line in said)
+    assert any("not evaluated: none of the 1 files is held out" in line for line in said)
+
+
+def test_losses_that_are_not_there_are_null_in_json(tmp_path: Path) -> None:
+    made = trainer(tmp_path, READING)
+    made.run(lambda progress: None, max_steps=1)
+    made.save()
+    saved = json.loads((tmp_path / "progress.json").read_text(), parse_constant=pytest.fail)
+    assert saved["gap_nats"] is None
+    assert saved["history"][0][2] is None
+    assert saved["encoder_nats"] > 0
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path).save()
+    with pytest.raises(RequestError, match="another shape") as caught:
+        trainer(tmp_path, dataclasses.replace(TOY, width=64)).resume()
+    assert "--fresh" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["minutes", "pause_minutes", "items"])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
+def test_numbers_that_mean_nothing_are_refused(name: str, value: float) -> None:
+    with pytest.raises(RequestError, match=name):
+        TrainOptions(**{name: value})  # type: ignore[arg-type]
+
+
+def test_minutes_are_fewer_where_a_model_is_there_already() -> None:
+    assert TrainOptions().planned_minutes == 60
+    assert TrainOptions(base=Path("m")).planned_minutes == 10
+    assert TrainOptions(base=Path("m"), minutes=3).planned_minutes == 3
 
 
 def test_no_source_is_the_caller_s_mistake(tmp_path: Path) -> None:
