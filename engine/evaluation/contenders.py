@@ -176,11 +176,12 @@ def make_contender(name: str, engine: Infiller, seed: int) -> Contender:
 
     def canvas(method: FillMethod, *, knows_length: bool = False) -> Canvas:
         # An engine of its own: the encoded prefixes of one must not help another.
-        own = Infiller(engine.model, engine.tokenizer, engine.sampler, method)
+        own = Infiller(engine.model, engine.tokenizer, engine.sampler, method, engine.calibration)
         return Canvas(name, own, seed, knows_length)
 
     makers: dict[str, Callable[[], Contender]] = {
         "canvas": lambda: canvas(FillMethod()),
+        "all_shown": lambda: canvas(FillMethod(holds_back=False)),
         "no_found_drafts": lambda: canvas(FillMethod(found_drafts=0)),
         "suffix_in_prompt": lambda: canvas(FillMethod(pins_suffix=False)),
         "oracle_length": lambda: canvas(FillMethod(), knows_length=True),

@@ -11,6 +11,7 @@ from typing import Any
 
 from infilld.engine.evaluation.contenders import Answer
 from infilld.engine.evaluation.items import Item
+from infilld.engine.evaluation.sandbox import Outcome
 
 # Standard deviations that hold 95 % of a normal distribution.
 _Z = 1.959964
@@ -59,6 +60,21 @@ def measure(
         "mean_passes": round(statistics.fmean(answer.passes for answer in answers), 2),
         "median_ms": round(statistics.median(ms), 2),
         "p90_ms": round(_p90(ms), 2),
+    }
+
+
+def measure_tests(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
+    """Share of programs that pass their tests; None, an abstention, did not.
+
+    Args:
+        outcomes: at least one.
+    """
+    verdicts = Counter("abstained" if o is None else o.verdict for o in outcomes)
+    passed, count = verdicts["passed"], len(outcomes)
+    return {
+        "pass_at_1": round(passed / count, 4),
+        "pass_at_1_95": wilson(passed, count),
+        "tests": dict(verdicts),
     }
 
 

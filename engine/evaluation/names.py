@@ -11,6 +11,7 @@ KINDS = {
 
 CONTENDERS = {
     "canvas": "the engine as it is shipped",
+    "all_shown": "the engine, holding nothing back",
     "no_found_drafts": "the engine without found drafts",
     "suffix_in_prompt": "the engine with the suffix in the prompt alone, nothing pinned",
     "oracle_length": "the engine, told the true number of tokens",

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from infilld.engine.bench import machine_facts
-from infilld.engine.errors import UnknownOption, Unsupported
+from infilld.engine.errors import ModelError, UnknownOption, Unsupported
 from infilld.engine.evaluation.benchmark import humaneval_items
-from infilld.engine.evaluation.contenders import Answer, make_contender
+from infilld.engine.evaluation.contenders import make_contender
 from infilld.engine.evaluation.held_out import files_below, held_out_files
 from infilld.engine.evaluation.items import Item, cut_items
-from infilld.engine.evaluation.measures import measure, parses
+from infilld.engine.evaluation.measures import is_exact, measure, measure_tests, parses
 from infilld.engine.evaluation.names import CONTENDERS, KINDS
+from infilld.engine.evaluation.sandbox import TIMEOUT_S, Outcome, run_tests
 from infilld.engine.infill import Infiller
 from infilld.engine.worker import load_infiller
 
@@ -25,6 +26,9 @@ Say = Callable[[str], None]
 
 SCHEMA = 1
 """Counts changes of the report that a reader of an older one would misread."""
+
+
+_SAY_EVERY_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,13 +94,15 @@ def run_evaluation(
         The report, ready for JSON:
         `schema`, `infilld`, `python` — versions; `model`, `model_folder`, `parameters`;
         `machine`, `load_average_after` — as in a report of the bench;
-        `seed`; `held_out` — packages or folders, files, characters; `benchmark` — its folder;
+        `seed`; `held_out` — packages or folders, files, characters;
+        `benchmark` — its folder, items, how many of its own solutions pass here, seconds given
+        to each program, guards of the sandbox;
         `kinds` — for each kind `about`, `items`, and `contenders`: for each the figures of
-        `measure`.
+        `compare`.
 
     Raises:
         RequestError: no source, no benchmark, or the model cannot infill.
-        ModelError: the checkpoint or the device will not do.
+        ModelError: the checkpoint or the device will not do, or no sandbox can be had here.
     """
     # What the caller can get wrong comes before the model is loaded.
     items, sources = _items(options, say)
@@ -142,20 +148,47 @@ def compare(
     Args:
         engine: a model that can infill. items: at least one. names: of contenders.
         seed: of every request. say: gets a line for each contender.
+
+    Returns:
+        For each contender the figures of `measure`; of `measure_tests`, where items have tests;
+        and where `canvas` takes part, how many items only this one, or only canvas, had exact.
     """
     are_sound = [parses(item.filled(item.missing)) for item in items]
     figures: dict[str, dict[str, Any]] = {}
+    exact: dict[str, list[bool]] = {}
     for name in names:
-        started = time.monotonic()
+        started = said = time.monotonic()
         contender = make_contender(name, engine, seed)
-        answers: list[Answer] = [contender.answer(item) for item in items]
+        answers = []
+        for item in items:
+            answers.append(contender.answer(item))
+            if time.monotonic() >= said + _SAY_EVERY_S:
+                said = time.monotonic()
+                say(f"{item.kind}: {name} has answered {len(answers)} of {len(items)}")
+        exact[name] = [is_exact(item, answer) for item, answer in zip(items, answers, strict=True)]
         found = measure(items, answers, are_sound)
+        if items[0].check is not None:
+            found |= measure_tests(_outcomes(items, [answer.text for answer in answers]))
+        if "canvas" in exact and name != "canvas":
+            pairs = list(zip(exact[name], exact["canvas"], strict=True))
+            found["only_it_exact"] = pairs.count((True, False))
+            found["only_canvas_exact"] = pairs.count((False, True))
         figures[name] = found
         say(
             f"{items[0].kind}: {name} has {100 * found['exact_match']:.1f} % of {len(items)} "
             f"exact, {time.monotonic() - started:.0f} s"
         )
     return figures
+
+
+def _outcomes(items: Sequence[Item], texts: Sequence[str | None]) -> list[Outcome | None]:
+    """How each filled program fares; None where there is no text or no test."""
+    return [
+        None
+        if text is None or item.check is None
+        else run_tests(f"{item.filled(text)}\n{item.check.test}", item.check.entry_point)
+        for item, text in zip(items, texts, strict=True)
+    ]
 
 
 def _items(options: EvaluationOptions, say: Say) -> tuple[dict[str, list[Item]], dict[str, Any]]:
@@ -180,8 +213,35 @@ def _items(options: EvaluationOptions, say: Say) -> tuple[dict[str, list[Item]],
             places = sorted(random.Random(options.seed).sample(range(len(found)), options.items))
             found = [found[place] for place in places]
         items["benchmark"] = found
-        sources["benchmark"] = {"from": str(options.benchmark), "items": len(found)}
+        sources["benchmark"] = {"from": str(options.benchmark)} | _own_solutions(found, say)
     return items, sources
+
+
+def _own_solutions(items: Sequence[Item], say: Say) -> dict[str, Any]:
+    """Whether the sandbox can tell right from wrong: the true texts ought to pass.
+
+    Raises:
+        ModelError: not one does.
+    """
+    found = [o for o in _outcomes(items, [item.missing for item in items]) if o is not None]
+    passed = sum(outcome.verdict == "passed" for outcome in found)
+    guards = found[0].guards
+    if not passed:
+        raise ModelError(
+            f"none of the benchmark's {len(found)} own solutions passes its tests in the sandbox: "
+            f"{found[0].verdict}, {found[0].why}",
+            remedy="Leave the benchmark out on this machine.",
+        )
+    say(
+        f"{passed} of the benchmark's {len(found)} own solutions pass; what the model writes runs "
+        f"behind the guards {', '.join(guards)}"
+    )
+    return {
+        "items": len(found),
+        "own_solutions_pass": passed,
+        "timeout_s": TIMEOUT_S,
+        "guards": list(guards),
+    }
 
 
 def format_evaluation(report: dict[str, Any]) -> str:

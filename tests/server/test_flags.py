@@ -15,6 +15,8 @@ NO_COUNT = ["x", "", "1.5", "1_0", "+1", " 1", "\N{ARABIC-INDIC DIGIT THREE}", H
     ("words", "flag", "bad"),
     [
         ("bench", "--repeats", ["0", "-1", *NO_COUNT]),
+        ("eval", "--items", ["0", "-1", *NO_COUNT]),
+        ("eval", "--seed", ["-1", str(2**63), *NO_COUNT]),
         ("logs", "-n", ["-1", *NO_COUNT]),
         ("fill a.py --at 1:1", "--deadline-ms", ["0", "-1", "3600001", *NO_COUNT]),
         ("fill a.py --at 1:1", "--seed", ["-1", str(2**63), *NO_COUNT]),
