@@ -30,7 +30,7 @@ _TWO_GAPS = 0.05
 _BETWEEN_TOKENS, _BETWEEN_CHARS = 16, 60
 _MOST_SPARE = 6
 # Share of the canvases that look for a draft, and how often which of those found is taken.
-_DRAFTED = 0.45
+_DRAFTED = 0.6
 _RANKS = (0.6, 0.25, 0.15)
 
 

@@ -11,6 +11,9 @@ from infilld.engine.training.examples import ExampleShape
 
 SizeName = Literal["cpu", "gpu"]
 
+# Share of the steps beside the canvas's in which the encoder reads alone.
+_READING = 0.35
+
 MINUTES, ADAPTING_MINUTES = 60.0, 10.0
 # A prompt shorter than this holds no more than a few lines.
 _SHORTEST_ENCODER_TOKENS = 64
@@ -161,12 +164,20 @@ class Recipe:
 def _phases(
     encoder: ExampleShape, canvases: tuple[tuple[ExampleShape, float], ...]
 ) -> tuple[Phase, ...]:
-    """Copying first, then reading; the canvas last, more and more on its own drafts."""
+    """Copying first, then reading; the canvas last, more and more on its own drafts.
+
+    The encoder goes on reading whole words by itself: beside canvases its text is cut too often.
+    """
+    copying, reading = replace(encoder, repeated=0.75), replace(encoder, repeated=0.04)
+    mixed = (
+        (reading, _READING),
+        *((shape, (1 - _READING) * share) for shape, share in canvases),
+    )
     return (
-        Phase(until=0.03, shapes=((replace(encoder, repeated=0.75), 1.0),)),
-        Phase(until=0.27, shapes=((replace(encoder, repeated=0.04), 1.0),)),
-        Phase(until=0.6, shapes=canvases, unrolled=0.25, encoder_weight=0.7),
-        Phase(until=1.0, shapes=canvases, unrolled=0.5, encoder_weight=0.5),
+        Phase(until=0.03, shapes=((copying, 1.0),)),
+        Phase(until=0.27, shapes=((reading, 1.0),)),
+        Phase(until=0.7, shapes=mixed, unrolled=0.25, encoder_weight=0.6),
+        Phase(until=1.0, shapes=mixed, unrolled=0.45, encoder_weight=0.4),
     )
 
 
