@@ -9,20 +9,32 @@ export PYTHONSAFEPATH = 1
 # Two spinning OpenMP threads beside any other busy process cost 8 ms an operation; waiting does not.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test lint fmt type bench package clean
+# Where `gpu-train` puts the model, what the next run goes on from, and the model in parts; minutes of
+# training in all, after how many minutes one run stops and is evaluated, and on how many gaps.
+TRAIN_OUT ?= build/gpu
+TRAIN_STATE ?= $(TRAIN_OUT).training
+TRAIN_PARTS ?= $(TRAIN_OUT).parts
+TRAIN_MINUTES ?= 16
+TRAIN_PAUSE_MINUTES ?= 8
+TRAIN_ITEMS ?= 200
+TRAIN_FLAGS ?= --size gpu
+
+.PHONY: help setup demo test lint fmt type bench gpu-train package clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(STAMP) ## make the environment in .venv and install infilld into it
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt | .typing/infilld
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
-	mkdir -p .typing/infilld
-	for layer in engine kernels server lsp; do ln -sfn ../../$$layer .typing/infilld/$$layer; done
 	touch $(STAMP)
+
+.typing/infilld:
+	mkdir -p $@
+	for layer in engine kernels server lsp; do ln -sfn ../../$$layer $@/$$layer; done
 
 demo: setup ## fill a gap with the starter model, through LSP and REST
 	$(BIN)/python tests/support/demo.py
@@ -43,6 +55,17 @@ type: setup ## strict types
 
 bench: setup ## encode, per-pass and end-to-end times on this machine
 	$(BIN)/infilld bench
+
+# Plain python3 with torch, safetensors and tokenizers will do. A machine that hands back small files
+# alone gets the model in parts: cat $(TRAIN_PARTS)/model.safetensors.* > model.safetensors
+gpu-train: .typing/infilld ## train the 20 M model, one bounded run; again goes on (see TRAIN_ in the Makefile)
+	PYTHONPATH=.typing $(PYTHON) -m infilld.engine.training $(TRAIN_FLAGS) \
+	  --minutes $(TRAIN_MINUTES) --pause-minutes $(TRAIN_PAUSE_MINUTES) --items $(TRAIN_ITEMS) \
+	  --out $(TRAIN_OUT) --state $(TRAIN_STATE)
+	mkdir -p $(TRAIN_PARTS)
+	rm -f $(TRAIN_PARTS)/model.safetensors.*
+	split -b 15m $(TRAIN_OUT)/model.safetensors $(TRAIN_PARTS)/model.safetensors.
+	@echo "parts of it: cat $(TRAIN_PARTS)/model.safetensors.* > model.safetensors"
 
 package: setup ## build the wheel, install it in a clean environment, run both entry points
 	rm -rf dist build/check

@@ -135,30 +135,41 @@ def assess(
     """Evaluate the exported folder on the held-out files; write evaluation.json and the card."""
     report: dict[str, Any] = {}
     path = options.out / EVALUATION
-    if corpus.held_out:
-        files = f"{len(corpus.held_out)} held-out files"
+    texts = _unseen(corpus)
+    if texts:
+        files = f"{len(texts)} held-out files"
+        if not corpus.held_out:
+            files += ", those kept for calibration: no others are there"
         if base is not None:
             say(f"evaluating the model before, on {files}")
-            before = measure(base.folder, options, corpus)
+            before = measure(base.folder, options, texts)
         say(f"evaluating on {files}")
-        report = measure(options.out, options, corpus)
+        report = measure(options.out, options, texts)
         if base is not None:
             report = compared(before, report)
         path.write_text(to_json(report), encoding="utf-8")
     else:
         say(
             f"not evaluated: none of the {len(corpus.training)} files is held out. Name more "
-            "folders, 40 files or more in all, and train with --fresh"
+            "folders, with 40 files or more in all, and train with --fresh"
         )
         path.unlink(missing_ok=True)
     write_card(options, base, corpus, progress, report)
     return report
 
 
-def measure(folder: Path, options: TrainOptions, corpus: corpora.Corpus) -> dict[str, Any]:
+def _unseen(corpus: corpora.Corpus) -> list[str]:
+    """Texts to judge a model on.
+
+    A bare machine has none of the packages that are held out for that; what is kept from training
+    for calibration is as new to the model.
+    """
+    return [file.text for file in corpus.held_out or corpus.calibration]
+
+
+def measure(folder: Path, options: TrainOptions, texts: list[str]) -> dict[str, Any]:
     """The evaluation of a model folder; the same items for every model and run."""
     engine: Infiller = load_infiller(folder, options.device)
-    texts = [file.text for file in corpus.held_out]
     return evaluate(engine, texts, items=options.items, seed=_EVALUATION_SEED)
 
 

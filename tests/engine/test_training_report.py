@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from infilld.engine.training import run
+from infilld.engine.training.corpus import Corpus, SourceFile
 from infilld.engine.training.plot import plot_losses
 from infilld.engine.training.report import compared, is_comparison, table, to_json
 from infilld.engine.training.trainer import Progress
@@ -67,6 +68,12 @@ def test_without_matplotlib_there_is_a_word_and_no_picture(
     assert not list(tmp_path.iterdir())
     (told,) = said
     assert "infilld[train]" in told
+
+
+def test_a_bare_machine_judges_on_what_is_kept_for_calibration() -> None:
+    seen, other, kept = (SourceFile("p", name, name) for name in ("seen", "other", "kept"))
+    assert run._unseen(Corpus([seen], [other], [], [kept])) == ["other"]
+    assert run._unseen(Corpus([seen], [], [], [kept])) == ["kept"]
 
 
 def test_progress_tells_losses_as_far_as_they_are_there() -> None:
