@@ -2,13 +2,13 @@
 
 What a model writes may loop, fill memory or delete things by accident. The child is a fresh
 interpreter without site packages, environment or input, in an empty folder of its own. What it
-prints is thrown away. It may use 512 MB of memory, one file of 1 MB at a time, and so many
+prints is thrown away. It may use 512 MB of memory, write 64 files of 1 MB, and run for so many
 seconds; then it is killed.
 
 | guard | where | the program cannot |
 |---|---|---|
 | limits | everywhere | use more than that; start processes, unless it is root |
-| audit | everywhere | in Python: open sockets, start processes, signal, change files elsewhere |
+| audit | everywhere | in Python: open sockets, start processes, signal, write elsewhere |
 | namespaces | Linux that permits it | reach a network |
 | landlock | Linux 5.13 | reach files but Python's, the system libraries' and its own |
 | seccomp | Linux on x86-64 | start processes or threads, open sockets, signal, leave its group |

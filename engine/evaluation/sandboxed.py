@@ -7,6 +7,7 @@ line "ready" with the guards that hold, then the job's secret, alone or with wha
 """
 
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -19,6 +20,8 @@ from typing import Any
 
 _MEMORY_BYTES = 512 << 20
 _FILE_BYTES = 1 << 20
+# The kernel bounds each file, not their number.
+_MOST_WRITTEN_FILES = 64
 _MOST_WHY_CHARS = 300
 
 _NEW_USER, _NEW_NET = 0x10000000, 0x40000000
@@ -172,14 +175,18 @@ def _take_seccomp(libc: ctypes.CDLL) -> bool:
 def _take_audit(folder: str) -> None:
     """Refuse what Python announces before it does it; this cannot be taken back."""
     own = os.path.join(folder, "")
+    written = itertools.count(1)
 
     def refuse(event: str, args: tuple[Any, ...]) -> None:
         if event.startswith(_REFUSED_EVENTS):
             raise PermissionError(f"refused: {event}")
         if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
             path = abspath(os.fsdecode(args[0]))
-            if path.startswith("/proc/") or (args[2] & _WRITING and not path.startswith(own)):
+            is_elsewhere, is_written = not path.startswith(own), bool(args[2] & _WRITING)
+            if path.startswith("/proc/") or (is_elsewhere and is_written):
                 raise PermissionError(f"refused: {path}")
+            if is_written and next(written) > _MOST_WRITTEN_FILES:
+                raise PermissionError(f"refused: more than {_MOST_WRITTEN_FILES} files")
 
     sys.addaudithook(refuse)
 

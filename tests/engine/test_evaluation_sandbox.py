@@ -1,6 +1,5 @@
 """Programs that loop, grow, leave early or reach out, in real children."""
 
-import os
 import subprocess
 import sys
 import time
@@ -72,25 +71,13 @@ def test_what_does_not_end_is_ended(program: str) -> None:
     assert time.monotonic() - started < 20
 
 
-def test_nothing_outlives_its_time(tmp_path: Path) -> None:
-    before = children()
-    outcome("while True:\n    pass", timeout_s=1.5)
-    assert children() == before
-
-
-def children() -> set[str]:
-    told = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True
-    ).stdout
-    return {line for line in told.splitlines() if "sandboxed" in line}
-
-
 @pytest.mark.parametrize(
     ("program", "why"),
     [
         ("x = [0] * 10**9", "MemoryError"),
         ("x = []\nwhile True:\n    x.append(bytearray(10**7))", "MemoryError"),
         ("open('a', 'wb').write(bytes(5 << 20))", "File too large"),
+        ("for n in range(99):\n    open(f'{n}', 'w').write('x')", "more than 64 files"),
         ("import os\nwhile True:\n    os.fork()", "refused"),
         ("import subprocess; subprocess.run(['true'])", "refused"),
         ("import os; os.system('true')", "refused"),
