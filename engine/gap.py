@@ -40,7 +40,7 @@ from infilld.engine.request import (
     SpanFill,
 )
 from infilld.engine.sampler import Denoised, Step, denoise
-from infilld.engine.scorer import score
+from infilld.engine.scorer import continue_greedily, score
 from infilld.engine.stopping import AllOf, LowEntropy, Stable
 from infilld.engine.syntax import Surroundings
 from infilld.engine.tokenizer import Tokenizer
@@ -51,6 +51,9 @@ _STOP = AllOf((Stable(passes=1), LowEntropy(mean_nats=0.05)))
 _SHOWN_PROBABILITY = 0.5
 # Room behind the longest draft.
 _DRAFT_SPARE = 4
+# A causal draft costs one pass a token; up to this width a pass is a few milliseconds.
+_CHEAP_WIDTH = 512
+_FIRST_LINE_TOKENS = 24
 # Suffix tokens that must follow a fill: enough to tell where it has to end.
 _JUDGED_TOKENS = 8
 
@@ -62,12 +65,15 @@ class FillMethod:
     Attributes:
         found_drafts: hypotheses that start from found drafts, at most; 0: none is looked for.
         found_texts: found drafts that are judged as they are, beside what became of them.
+        causal_draft: a hypothesis starts from what the encoder writes by itself, where a pass
+            costs little.
         pins_suffix: the canvas holds the first tokens of the suffix, pinned.
         holds_back: what is probably wrong, or breaks the document, is not shown.
     """
 
     found_drafts: int = 2
     found_texts: int = 6
+    causal_draft: bool = True
     pins_suffix: bool = True
     holds_back: bool = True
 
@@ -80,6 +86,7 @@ class GapPlan:
         span: what is replaced. canvas: the gap it starts with, and the pinned head.
         limit_tokens: longest the gap may grow. min_tokens: fewest tokens of text.
         found: drafts that fit, the likeliest first. drafted: hypotheses that start from them.
+        causal_tokens: most that the encoder writes as a draft; 0: it writes none.
         alternatives: hypotheses that start from noise, and fills that are wanted.
         judged: suffix tokens by which fills are scored.
         one_line: no line end may be written. newline: of the document there.
@@ -91,15 +98,11 @@ class GapPlan:
     min_tokens: int
     found: tuple[Candidate, ...]
     drafted: int
+    causal_tokens: int
     alternatives: int
     judged: tuple[int, ...]
     one_line: bool
     newline: str
-
-    @property
-    def rows(self) -> int:
-        """Hypotheses, R."""
-        return self.drafted + self.alternatives
 
 
 def plan_gap(
@@ -143,12 +146,20 @@ def plan_gap(
         min_tokens=least,
         found=tuple(drafts),
         drafted=len(drafted),
+        causal_tokens=_causal_tokens(kind, selection, limit, config) * method.causal_draft,
         alternatives=request.alternatives,
         judged=head[:_JUDGED_TOKENS],
         # Rewriting several lines may need several lines, whatever follows on the last one.
         one_line=kind == "in_line" and "\n" not in unix(selection),
         newline=line_end(request.text, span.start),
     )
+
+
+def _causal_tokens(kind: GapKind, selection: str, limit: int, config: ModelConfig) -> int:
+    """How many tokens a causal draft may have: a line's, where a line is wanted and it pays."""
+    if selection or kind == "in_line" or config.width > _CHEAP_WIDTH:
+        return 0
+    return min(limit, _FIRST_LINE_TOKENS)
 
 
 def _selected_tokens(selection: str, room: int, tokenizer: Tokenizer) -> int | None:
@@ -199,6 +210,7 @@ class GapRun:
     on_weighed: Callable[[list[Weighed]], None]
     check: Callable[[], None]
     is_late: Callable[[], bool]
+    _causal: list[Candidate] = field(default_factory=list, init=False)
     _updates: int = field(default=0, init=False)
     _passes: int = field(default=0, init=False)
 
@@ -210,6 +222,7 @@ class GapRun:
 
     def finish(self, result: InfillResult) -> InfillResult:
         """Denoise, and put the fills or the reason into the result."""
+        self._causal = self._causal_draft()
         denoised, fills = self._denoise(None)
         limit = self.plan.limit_tokens
         while all(fill.is_open for fill in fills) and self._canvas.gap_tokens < limit:
@@ -220,7 +233,7 @@ class GapRun:
             denoised, fills = self._denoise(draft)
         usage = replace(
             result.usage,
-            canvas_tokens=self._canvas.canvas_tokens * self.plan.rows,
+            canvas_tokens=self._canvas.canvas_tokens * self._rows,
             passes=self._passes,
         )
         candidates = self._candidates(fills)
@@ -232,15 +245,23 @@ class GapRun:
         return replace(result, alternatives=shown, reason=reason, why=why, usage=usage)
 
     def _candidates(self, fills: list[_Fill]) -> list[Candidate]:
-        """Every text once: what the hypotheses wrote, and what was found."""
+        """Every text once: what the hypotheses wrote, what was found, what was expected."""
         written = Counter(fill.text for fill in fills if fill.text)
         tokens = {fill.text: tuple(fill.tokens) for fill in reversed(fills)}
-        found = {draft.text: draft for draft in self.plan.found}
-        candidates = []
-        for text, rows in written.items():
-            evidence = found.pop(text).evidence if text in found else 0.0
-            candidates.append(Candidate(text, tokens[text], rows / len(fills), evidence))
-        return [*candidates, *found.values()]
+        # A draft comes with its own tokens; what a canvas made of it may be the same text.
+        drafts = {draft.text: draft for draft in (*self._causal, *self.plan.found) if draft.text}
+        evidence = {draft.text: draft.evidence for draft in self.plan.found}
+        causal = {draft.text for draft in self._causal}
+        return [
+            Candidate(
+                text,
+                drafts[text].tokens if text in drafts else tokens[text],
+                rows=written[text] / len(fills),
+                evidence=evidence.get(text, 0.0),
+                is_causal=text in causal,
+            )
+            for text in dict.fromkeys((*written, *drafts))
+        ]
 
     def _shown(self, weighed: list[Weighed]) -> tuple[tuple[Alternative, ...], Reason, str]:
         """The best candidates, as many as are wanted, or why there are none."""
@@ -280,7 +301,7 @@ class GapRun:
         return kept, "ok", ""
 
     def _denoise(self, draft: Tensor | None) -> tuple[Denoised, list[_Fill]]:
-        rows, vocab = self.plan.rows, self.model.config.vocab_tokens
+        rows, vocab = self._rows, self.model.config.vocab_tokens
         canvas = self._draws.first_canvas(rows, self._canvas.canvas_tokens, vocab)
         if draft is not None:
             canvas[:, : draft.shape[1]] = draft
@@ -311,12 +332,41 @@ class GapRun:
         self._passes += denoised.passes
         return denoised, [self._fill(denoised, row) for row in range(rows)]
 
+    @property
+    def _drafts(self) -> list[Candidate]:
+        """What hypotheses start from; the others start from noise."""
+        return [*self.plan.found[: self.plan.drafted], *self._causal]
+
+    @property
+    def _rows(self) -> int:
+        """Hypotheses, R."""
+        return len(self._drafts) + self.plan.alternatives
+
+    def _causal_draft(self) -> list[Candidate]:
+        """What the encoder writes by itself, as one candidate, or none."""
+        if not self.plan.causal_tokens or self.is_late():
+            return []
+        banned = torch.zeros(self.model.config.vocab_tokens, dtype=torch.bool)
+        banned[sorted(self.tokenizer.control_ids)] = True
+        banned[self.tokenizer.vocab_tokens :] = True
+        banned[list(self.tokenizer.carriage_return_ids)] = True
+        tokens = continue_greedily(
+            self.model,
+            self.cache,
+            banned.to(self.model.device),
+            frozenset(self.tokenizer.newline_ids),
+            self.plan.causal_tokens,
+        )
+        if len(tokens) < max(1, self.plan.min_tokens):
+            return []
+        return [Candidate(self.tokenizer.text(tokens), tuple(tokens), is_causal=True)]
+
     def _seed_drafts(self, canvas: Tensor) -> None:
-        """Put the found drafts into the first rows of a canvas [R, L], fillers behind them."""
+        """Put the drafts into the first rows of a canvas [R, L], fillers behind them."""
         gap = self._canvas.gap_tokens
-        for row, draft in enumerate(self.plan.found[: self.plan.drafted]):
+        for row, draft in enumerate(self._drafts):
             canvas[row, :gap] = self.controls.filler
-            tokens = torch.tensor(draft.tokens, device=canvas.device)
+            tokens = torch.tensor(draft.tokens[:gap], device=canvas.device)
             canvas[row, : len(tokens)] = tokens
 
     def _max_steps(self) -> int:

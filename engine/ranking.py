@@ -29,12 +29,14 @@ class Candidate:
         text: with LF line ends. tokens: of it.
         rows: share of the hypotheses that ended with it, in [0, 1].
         evidence: of a found draft with this text, in characters; else 0.
+        is_causal: the encoder by itself would have written it.
     """
 
     text: str
     tokens: tuple[int, ...]
     rows: float = 0.0
     evidence: float = 0.0
+    is_causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def features_of(candidate: Candidate, logs: Tensor) -> dict[str, float]:
         "worst_nats": float(logs[:own].min()) / 10 if own else 0.0,
         "tokens": own / 10,
         "rows": candidate.rows,
+        "is_causal": float(candidate.is_causal),
         "is_found": float(evidence > 0),
         "evidence": evidence / 20,
         "strong_evidence": float(evidence >= 20),

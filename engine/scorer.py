@@ -4,7 +4,7 @@ No other diffusion model has this for free: the encoder was trained to predict t
 one causal pass gives the exact left-to-right log-likelihood of any candidate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,36 @@ def score(
         states = torch.cat((states, model.read(rows[:, :-1], cache)), dim=1)
     found = model.logits(states).log_softmax(-1).gather(-1, rows[..., None])[..., 0].cpu()
     return [found[row, : len(candidate)] for row, candidate in enumerate(candidates)]
+
+
+def continue_greedily(
+    model: DiffusionGemma,
+    cache: PrefixCache,
+    banned: Tensor,
+    ends: Collection[int],
+    most_tokens: int,
+) -> list[int]:
+    """Tokens that the encoder itself would write behind the prefix, one pass for each.
+
+    Args:
+        model: weights. cache: the encoded prefix; holds the same prefix afterwards.
+        banned: tokens never written [V] bool. ends: tokens before which the text ends.
+        most_tokens: that are written.
+
+    Raises:
+        ValueError: the prefix is empty.
+    """
+    if cache.tokens == 0:
+        raise ValueError("a continuation needs a prefix of at least one token")
+    written: list[int] = []
+    hidden = _last_hidden(model, cache)
+    while len(written) < most_tokens:
+        best = int(model.logits(hidden).masked_fill(banned, -torch.inf).argmax())
+        if best in ends:
+            break
+        written.append(best)
+        hidden = model.read(torch.tensor([written], device=model.device), cache)[0, -1]
+    return written
 
 
 def _last_hidden(model: DiffusionGemma, cache: PrefixCache) -> Tensor:

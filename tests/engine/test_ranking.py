@@ -93,6 +93,20 @@ def test_found_text_is_weighed_beside_what_the_canvas_wrote() -> None:
     assert any(each.candidate.rows for each in seen)
 
 
+def test_what_the_encoder_would_write_is_weighed_too() -> None:
+    for is_wanted in (True, False):
+        seen: list[Weighed] = []
+        engine = _engine(None, holds_back=False, causal_draft=is_wanted)
+        result = engine.infill(_request(), Hooks(on_weighed=seen.extend))
+        assert sum(each.candidate.is_causal for each in seen) == is_wanted
+        # A hypothesis starts from it: found, causal, noise.
+        assert result.usage.canvas_tokens % (2 + is_wanted) == 0
+    within_a_line = InfillRequest(text=TEXT + ")\n", spans=(Span(len(TEXT), len(TEXT)),), seed=3)
+    seen.clear()
+    _engine(None, holds_back=False).infill(within_a_line, Hooks(on_weighed=seen.extend))
+    assert not any(each.candidate.is_causal for each in seen)
+
+
 def test_what_was_found_wins_where_it_is_trusted() -> None:
     trusting = Calibration(weights={"is_found": 5.0}, bias=-2.0, show_above=0.5)
     result = _engine(trusting).infill(_request())

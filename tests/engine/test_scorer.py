@@ -5,7 +5,7 @@ import torch
 from parity import distance, encoded, reference_log_probabilities
 from tiny_model import WIDE_HEADS, ours, random_tokens, reference
 
-from infilld.engine.scorer import score
+from infilld.engine.scorer import continue_greedily, score
 
 CEILING = 1e-4
 
@@ -40,3 +40,23 @@ def test_an_empty_prefix_is_refused() -> None:
     model = ours(WIDE_HEADS)
     with pytest.raises(ValueError, match="prefix"):
         score(model, model.new_cache(), [[1]])
+
+
+def test_a_continuation_is_the_likeliest_token_each_time() -> None:
+    model, prefix = ours(WIDE_HEADS), random_tokens(WIDE_HEADS, 30, seed=4)
+    cache = encoded(model, prefix)
+    banned = torch.zeros(model.config.vocab_tokens, dtype=torch.bool)
+    found = continue_greedily(model, cache, banned, frozenset(), 5)
+    assert list(cache.ids) == prefix.tolist()
+    ids = prefix.tolist()
+    for token in found:
+        hidden = model.encode(torch.tensor(ids), model.new_cache())[-1]
+        assert int(model.logits(hidden).argmax()) == token
+        ids.append(token)
+    # It ends before an end, and never writes what is banned.
+    assert continue_greedily(model, cache, banned, frozenset({found[0]}), 5) == []
+    assert continue_greedily(model, cache, banned, frozenset(), 2) == found[:2]
+    banned[found[0]] = True
+    assert continue_greedily(model, cache, banned, frozenset(), 5)[0] != found[0]
+    with pytest.raises(ValueError, match="prefix"):
+        continue_greedily(model, model.new_cache(), banned, frozenset(), 5)
