@@ -162,9 +162,13 @@ def _unseen(corpus: corpora.Corpus) -> list[str]:
     """Texts to judge a model on.
 
     A bare machine has none of the packages that are held out for that; what is kept from training
-    for calibration is as new to the model.
+    for calibration is as new to the model. Where all files would be kept, all are trained on: those
+    judge nothing.
     """
-    return [file.text for file in corpus.held_out or corpus.calibration]
+    seen = set(corpus.training)
+    parts = (corpus.held_out, corpus.calibration)
+    unseen = ([file.text for file in part if file not in seen] for part in parts)
+    return next((texts for texts in unseen if texts), [])
 
 
 def measure(folder: Path, options: TrainOptions, texts: list[str]) -> dict[str, Any]:

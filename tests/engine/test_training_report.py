@@ -74,6 +74,8 @@ def test_a_bare_machine_judges_on_what_is_kept_for_calibration() -> None:
     seen, other, kept = (SourceFile("p", name, name) for name in ("seen", "other", "kept"))
     assert run._unseen(Corpus([seen], [other], [], [kept])) == ["other"]
     assert run._unseen(Corpus([seen], [], [], [kept])) == ["kept"]
+    assert run._unseen(Corpus([seen], [], [], [seen])) == []
+    assert run._unseen(Corpus([seen], [seen], [], [])) == []
 
 
 def test_progress_tells_losses_as_far_as_they_are_there() -> None:
