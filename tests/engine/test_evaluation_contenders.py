@@ -15,8 +15,8 @@ from infilld.engine.evaluation.ngram import NGram
 from infilld.engine.evaluation.run import EvaluationOptions, compare, format_evaluation
 from infilld.engine.evaluation.sandbox import Outcome
 from infilld.engine.evaluation.written import Limit, limit_of, write
-from infilld.engine.gap import FillMethod
 from infilld.engine.infill import Infiller
+from infilld.engine.plan import FillMethod
 from infilld.engine.request import (
     Alternative,
     InfillRequest,
@@ -123,6 +123,9 @@ def test_retrieval_is_the_best_found_draft() -> None:
 def test_the_n_gram_model_continues_as_the_document_did() -> None:
     answer = make_contender("n_gram", tiny_infiller(), 0).answer(ITEM)
     assert answer.text == "* b"
+    # Of two places the one before the gap counts as the later one.
+    both = Item("span", "q1;q", "1", "q2", "")
+    assert make_contender("n_gram", tiny_infiller(), 0).answer(both).text == "1"
     empty = Item("span", "", "x", "", "")
     assert make_contender("n_gram", tiny_infiller(), 0).answer(empty).reason == "empty"
 

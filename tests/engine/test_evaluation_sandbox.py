@@ -48,7 +48,7 @@ def test_what_is_wrong_fails_and_says_why(program: str, why: str) -> None:
         "import os; os._exit(0)",
         "import os, sys; os.closerange(0, 1000); os._exit(0)",
         # A pass told without the secret is none.
-        "import os\nfor fd in range(3, 20):\n    try:\n        os.write(fd, b'passed\\n \\n')\n"
+        "import os\nfor fd in range(3, 20):\n    try:\n        os.write(fd, b'\\n \\n')\n"
         "    except OSError:\n        pass\nos._exit(0)",
     ],
 )
