@@ -14,9 +14,10 @@ from infilld.engine.canvas import GapKind, gap_kind
 from infilld.engine.config import SamplerConfig
 from infilld.engine.errors import Unsupported
 from infilld.engine.found import Found, found_drafts
-from infilld.engine.gap import FillMethod, GapRun, plan_gap
+from infilld.engine.gap import GapRun
 from infilld.engine.lines import unix
 from infilld.engine.model import DiffusionGemma
+from infilld.engine.plan import FillMethod, plan_gap
 from infilld.engine.prefixes import PrefixPool
 from infilld.engine.prompt import Controls, infill_prompt
 from infilld.engine.ranking import Calibration, Weighed

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from infilld.engine.evaluation.items import cut_items
-from infilld.engine.gap import FillMethod
 from infilld.engine.infill import Hooks, Infiller
+from infilld.engine.plan import FillMethod
 from infilld.engine.ranking import CALIBRATION, Calibration, Weighed
 from infilld.engine.request import InfillRequest, Span
 from infilld.engine.training.corpus import SourceFile

@@ -14,8 +14,8 @@ from infilld.engine.evaluation.items import Item
 from infilld.engine.evaluation.ngram import NGram
 from infilld.engine.evaluation.written import limit_of, write
 from infilld.engine.found import found_drafts
-from infilld.engine.gap import FillMethod
 from infilld.engine.infill import Infiller
+from infilld.engine.plan import FillMethod
 from infilld.engine.prompt import Controls
 from infilld.engine.request import InfillRequest, Span
 

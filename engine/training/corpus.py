@@ -34,6 +34,8 @@ _SKIPPED_FOLDERS = {
     "vendor",
 }
 
+_INSTALLED_FOLDERS = {"site-packages", "node_modules", "__pycache__"}
+
 _PERMISSIVE = re.compile(
     r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|Zlib|Unlicense|0BSD|HPND)\b", re.I
 )
@@ -103,7 +105,7 @@ def collect_folders(folders: Iterable[Path], held_out_share: float = 0.05) -> Co
     for folder in folders:
         if not folder.exists():
             raise FileNotFoundError(f"no folder {folder}")
-        paths = [folder] if folder.is_file() else sorted(folder.rglob("*.py"))
+        paths = [folder] if folder.is_file() else sorted(_own_sources(folder))
         base = folder.parent
         files += [
             SourceFile(folder.name, str(path.relative_to(base)), text)
@@ -120,6 +122,14 @@ def collect_folders(folders: Iterable[Path], held_out_share: float = 0.05) -> Co
     chars = sum(len(file.text) for file in files)
     packages = [Package("own sources", "", "", len(files), chars, False)]
     return Corpus(training, held, packages, calibration)
+
+
+def _own_sources(folder: Path) -> Iterator[Path]:
+    """Python files below a folder, but for what was installed or hidden there."""
+    for path in folder.rglob("*.py"):
+        inner = path.relative_to(folder).parts[:-1]
+        if not any(part.startswith(".") or part in _INSTALLED_FOLDERS for part in inner):
+            yield path
 
 
 def licence_of(distribution: Distribution) -> str | None:

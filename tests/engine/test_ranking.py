@@ -9,8 +9,8 @@ from tiny_infill import tiny_infiller
 
 from infilld.engine.errors import CheckpointMismatch
 from infilld.engine.evaluation.calibrate import fit, save_calibration
-from infilld.engine.gap import FillMethod
 from infilld.engine.infill import Hooks, Infiller
+from infilld.engine.plan import FillMethod
 from infilld.engine.ranking import CALIBRATION, Calibration, Candidate, Weighed, features_of, weigh
 from infilld.engine.request import InfillRequest, Span
 

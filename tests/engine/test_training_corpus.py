@@ -39,6 +39,16 @@ def test_tables_scraps_and_giants_are_left_out(tmp_path: Path) -> None:
     assert {Path(file.path).stem for file in corpus.training + corpus.held_out} == {"good"}
 
 
+def test_environments_within_a_folder_are_left_out(tmp_path: Path) -> None:
+    folder = written(tmp_path / ".hidden", good=PROGRAM)
+    for inner in (".venv/lib", "env/site-packages/other", "node_modules"):
+        (folder / inner).mkdir(parents=True)
+        (folder / inner / "theirs.py").write_text(PROGRAM.replace("x", "y"))
+    corpus = collect_folders([folder])
+    everything = corpus.training + corpus.held_out + corpus.calibration
+    assert {Path(file.path).stem for file in everything} == {"good"}
+
+
 def test_copies_and_near_copies_are_left_out() -> None:
     near = "\n".join(LINES[:15] + [f"something_else_{n} = 'quite different'" for n in range(5)])
     other = "\n".join(f"def function_number_{n}(): pass" for n in range(20))

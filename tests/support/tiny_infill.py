@@ -8,9 +8,9 @@ from tokenizers import decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from infilld.engine.config import ModelConfig, SamplerConfig
-from infilld.engine.gap import FillMethod
 from infilld.engine.infill import Infiller
 from infilld.engine.model import DiffusionGemma
+from infilld.engine.plan import FillMethod
 from infilld.engine.prompt import BOS, EOS, FILLER, PAD, PREFIX_MARK, SUFFIX_MARK
 from infilld.engine.tokenizer import Tokenizer
 
