@@ -14,6 +14,7 @@ from infilld.engine.config import ModelConfig, read_json
 from infilld.engine.errors import RequestError, Unsupported
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prompt import Controls
+from infilld.engine.ranking import CALIBRATION, Calibration
 from infilld.engine.tokenizer import Tokenizer
 from infilld.engine.training.recipe import TrainOptions
 from infilld.engine.weights import CheckpointSummary, inspect_checkpoint, load_model
@@ -75,6 +76,13 @@ class Base:
         """Its generation configuration: the new model is sampled like it."""
         name = "generation_config.json"
         return read_json(self.folder, name) if (self.folder / name).exists() else {}
+
+    def copy_calibration(self, out: Path) -> None:
+        """Give its calibration to the new model: too few of a folder's files could fit one."""
+        found = Calibration.from_folder(self.folder)
+        (out / CALIBRATION).unlink(missing_ok=True)
+        if found is not None:
+            shutil.copyfile(self.folder / CALIBRATION, out / CALIBRATION)
 
     def copy_vocabulary(self, state: Path) -> None:
         """Put its tokenizer where a run keeps its own."""

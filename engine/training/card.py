@@ -149,7 +149,8 @@ chosen by a hash of their path, were held out: files that were learned from may 
 
 def _data(corpus: Corpus) -> str:
     trained = [package for package in corpus.packages if not package.held_out]
-    held = [package for package in corpus.packages if package.held_out]
+    held = [p for p in corpus.packages if p.held_out and not p.calibration]
+    calibrated = [package for package in corpus.packages if package.calibration]
     chars = sum(len(file.text) for file in corpus.training)
     return f"""## Data
 Python source that was installed on the machine: {len(corpus.training):,} files, {chars:,}
@@ -160,7 +161,12 @@ near-copies. Nothing from the network, nothing from users. Whole packages were h
 {_table(trained)}
 
 ### Held out
-{_table(held)}"""
+{_table(held)}
+
+### Kept for calibration
+Neither trained on nor measured on: the confidence was fitted and choices were made with these.
+
+{_table(calibrated)}"""
 
 
 def _table(packages: list[Package]) -> str:

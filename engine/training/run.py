@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from infilld.engine.errors import RequestError
+from infilld.engine.evaluation.calibrate import calibrate, save_calibration
 from infilld.engine.infill import Infiller
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prompt import Controls
+from infilld.engine.ranking import CALIBRATION
 from infilld.engine.training import corpus as corpora
 from infilld.engine.training.base import TOKENIZER_FILES, Base, claim
 from infilld.engine.training.batches import Batches, workers_for
@@ -44,6 +46,8 @@ _VOCABULARY_FILES = 2000
 _SIZE_DAMPING = 0.25
 # One's own sources are few, and without a held-out file nothing tells whether training helped.
 _OWN_HELD_OUT_SHARE = 0.1
+# More gaps would hardly move so few weights.
+_CALIBRATION_ITEMS = 300
 _EVALUATION_SEED = 0
 
 
@@ -97,6 +101,10 @@ def train(
     generation = None if base is None else base.generation()
     export(trainer.averaged(), options.out, state, generation)
     say(f"wrote {options.out}")
+    if base is None:
+        fit_confidence(options, corpus, say)
+    else:
+        base.copy_calibration(options.out)
     plot(trainer.progress, options.out, say)
     if not trainer.is_done:
         minutes = trainer.progress.elapsed_s / 60
@@ -115,6 +123,19 @@ def export(
     for name in TOKENIZER_FILES:
         if (state / name).exists():
             shutil.copyfile(state / name, out / name)
+
+
+def fit_confidence(options: TrainOptions, corpus: corpora.Corpus, say: Say) -> None:
+    """Calibrate the exported model on the files kept for it, and write what was found beside it."""
+    (options.out / CALIBRATION).unlink(missing_ok=True)
+    if not corpus.calibration:
+        say("confidence is not calibrated: no file was kept for it")
+        return
+    say(f"calibrating confidence on {len(corpus.calibration)} files")
+    engine = load_infiller(options.out, options.device)
+    items = min(options.items, _CALIBRATION_ITEMS)
+    found = calibrate(engine, corpus.calibration, items=items, seed=_EVALUATION_SEED)
+    save_calibration(found, options.out)
 
 
 def plot(progress: Progress, out: Path, say: Say) -> None:
