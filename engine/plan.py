@@ -29,15 +29,15 @@ class FillMethod:
     Attributes:
         found_drafts: hypotheses that start from found drafts, at most; 0: none is looked for.
         found_texts: found drafts that are judged as they are, beside what became of them.
-        causal_draft: a hypothesis starts from what the encoder writes by itself, where a pass
-            costs little.
+        causal_draft: another starts from what the encoder writes by itself, where a pass costs
+            little.
         pins_suffix: the canvas holds the first tokens of the suffix, pinned.
         holds_back: what is probably wrong, or breaks the document, is not shown.
     """
 
-    found_drafts: int = 2
+    found_drafts: int = 1
     found_texts: int = 6
-    causal_draft: bool = True
+    causal_draft: bool = False
     pins_suffix: bool = True
     holds_back: bool = True
 

@@ -17,8 +17,8 @@ from infilld.engine.ranking import CALIBRATION, Calibration, Weighed
 from infilld.engine.request import InfillRequest, Span
 from infilld.engine.training.corpus import SourceFile
 
-# A fill that is right less often than this is noise to whoever is typing.
-SHOW_ABOVE = 0.15
+# On the starter's calibration files 44 % of what is above was right, and 6 % of what is below.
+SHOW_ABOVE = 0.05
 # Kinds of gaps and their shares of the items: mostly what is met while typing.
 _KINDS = {"rest_of_line": 0.6, "line": 0.2, "span": 0.2}
 # Keeps the weight of a rare feature small.

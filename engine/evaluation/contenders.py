@@ -183,7 +183,7 @@ def make_contender(name: str, engine: Infiller, seed: int) -> Contender:
         "canvas": lambda: canvas(FillMethod()),
         "all_shown": lambda: canvas(FillMethod(holds_back=False)),
         "no_found_drafts": lambda: canvas(FillMethod(found_drafts=0)),
-        "no_causal_draft": lambda: canvas(FillMethod(causal_draft=False)),
+        "causal_draft": lambda: canvas(FillMethod(causal_draft=True)),
         "suffix_in_prompt": lambda: canvas(FillMethod(pins_suffix=False)),
         "oracle_length": lambda: canvas(FillMethod(), knows_length=True),
         "causal_greedy": lambda: CausalGreedy(name, engine, controls),

@@ -13,7 +13,7 @@ CONTENDERS = {
     "canvas": "the engine as it is shipped",
     "all_shown": "the engine, holding nothing back",
     "no_found_drafts": "the engine without found drafts",
-    "no_causal_draft": "the engine without the encoder's own draft",
+    "causal_draft": "the engine with a draft of the encoder's too",
     "suffix_in_prompt": "the engine with the suffix in the prompt alone, nothing pinned",
     "oracle_length": "the engine, told the true number of tokens",
     "causal_greedy": "the same weights used causally: prefix only, greedy",

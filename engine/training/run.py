@@ -98,7 +98,9 @@ def train(
         )
     finally:
         trainer.batches.close()
-    generation = None if base is None else base.generation()
+    generation = {"max_denoising_steps": recipe.max_steps}
+    if base is not None:
+        generation = base.generation()
     export(trainer.averaged(), options.out, state, generation)
     say(f"wrote {options.out}")
     if base is None:

@@ -93,7 +93,7 @@ def test_each_contender_has_the_method_of_its_name() -> None:
         "canvas": plain,
         "all_shown": replace(plain, holds_back=False),
         "no_found_drafts": replace(plain, found_drafts=0),
-        "no_causal_draft": replace(plain, causal_draft=False),
+        "causal_draft": replace(plain, causal_draft=True),
         "suffix_in_prompt": replace(plain, pins_suffix=False),
         "oracle_length": plain,
     }

@@ -94,7 +94,7 @@ def test_found_text_is_weighed_beside_what_the_canvas_wrote() -> None:
 
 
 def test_what_the_encoder_would_write_is_weighed_too() -> None:
-    for is_wanted in (True, False):
+    for is_wanted in (False, True):
         seen: list[Weighed] = []
         engine = _engine(None, holds_back=False, causal_draft=is_wanted)
         result = engine.infill(_request(), Hooks(on_weighed=seen.extend))
@@ -103,7 +103,9 @@ def test_what_the_encoder_would_write_is_weighed_too() -> None:
         assert result.usage.canvas_tokens % (2 + is_wanted) == 0
     within_a_line = InfillRequest(text=TEXT + ")\n", spans=(Span(len(TEXT), len(TEXT)),), seed=3)
     seen.clear()
-    _engine(None, holds_back=False).infill(within_a_line, Hooks(on_weighed=seen.extend))
+    _engine(None, holds_back=False, causal_draft=True).infill(
+        within_a_line, Hooks(on_weighed=seen.extend)
+    )
     assert not any(each.candidate.is_causal for each in seen)
 
 

@@ -20,18 +20,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 import httpx
 from fake_editor import INVOKED, FakeEditor, position
 
-MARKED = '''\
-import json
-from pathlib import Path
+MARKED = """\
+class Basket:
+    def __init__(self, postage: float) -> None:
+        self.postage = postage
+        self.prices: list[float] = []
 
+    def add(self, price: float) -> None:
+        if price < 0:
+            raise ValueError(f"negative price: {price}")
+        self.prices.append(price)
 
-def load_settings(path: Path) -> dict:
-    """Settings of a project; none when it has no file."""
-    if not path.exists():
-        return ▮
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-'''
+    def remove(self, price: float) -> None:
+        if price < 0:
+            ▮
+        self.prices.remove(price)
+"""
 GAP = MARKED.index("▮")
 SOURCE = MARKED.replace("▮", "")
 MODEL = Path(__file__).resolve().parents[2] / "engine/starter"
@@ -49,14 +53,14 @@ def main() -> int:
 
 
 def _shown(home: Path, environ: dict[str, str]) -> int:
-    file = home / "settings.py"
+    file = home / "basket.py"
     file.write_text(SOURCE, encoding="utf-8")
     line, column = position(SOURCE, GAP, "utf-32")
     say(f"A file with a gap at {line + 1}:{column + 1}, marked ▮:\n")
     say(_indented(MARKED))
 
     title(
-        "1. From the shell: infilld fill settings.py --at "
+        "1. From the shell: infilld fill basket.py --at "
         f"{line + 1}:{column + 1} --watch   (starts the daemon)"
     )
     began = time.monotonic()
@@ -99,7 +103,7 @@ def _rest(environ: dict[str, str]) -> tuple[dict[str, Any], float]:
     state = Path(environ["INFILLD_STATE_DIR"])
     url = json.loads((state / "daemon.json").read_text())["url"]
     token = (state / "token").read_text().strip()
-    body = {"text": SOURCE, "spans": [{"start": GAP, "end": GAP}], "path": "settings.py", "seed": 1}
+    body = {"text": SOURCE, "spans": [{"start": GAP, "end": GAP}], "path": "basket.py", "seed": 1}
     began = time.monotonic()
     reply = httpx.post(
         f"{url}/v1/infill", json=body, headers={"Authorization": f"Bearer {token}"}, timeout=60
@@ -134,7 +138,8 @@ def _figures() -> str:
         " files of packages it never saw:\n"
         f"  exact match {100 * canvas['exact_match']:.1f} %, edit similarity "
         f"{canvas['edit_similarity']:.3f}, file still parses {100 * canvas['parse_rate']:.1f} %.\n"
-        "  It is small and young; engine/starter/MODEL_CARD.md says how it was made."
+        "  It is small, and best where code resembles code nearby; where it does not know, it is\n"
+        "  silent. engine/starter/MODEL_CARD.md says how it was made and how it compares."
     )
 
 

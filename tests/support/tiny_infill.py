@@ -71,7 +71,6 @@ def tiny_infiller(seed: int = 0, *, max_steps: int = 8) -> Infiller:
     """An infiller over random weights and single bytes."""
     tokenizer = byte_tokenizer()
     model = tiny_model(tiny_config(tokenizer.vocab_tokens), seed)
-    # What random weights write breaks any syntax; held back, it could not be looked at. One row
-    # alone: what is tested with it is the canvas.
-    method = FillMethod(holds_back=False, causal_draft=False)
+    # What random weights write breaks any syntax; held back, it could not be looked at.
+    method = FillMethod(holds_back=False)
     return Infiller(model, tokenizer, replace(SamplerConfig(), max_steps=max_steps), method)
