@@ -58,7 +58,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=above_zero(MOST_MINUTES),
         help="stop this run after so many, with a model; the same command goes on",
     )
-    parser.add_argument("--size", choices=("cpu", "gpu"), help="about 2 M or 20 M parameters")
+    parser.add_argument("--size", choices=("cpu", "gpu"), help="about 3 M or 20 M parameters")
     parser.add_argument(
         "--fresh", action="store_const", const=True, help="forget an interrupted run"
     )

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     flag("--out", metavar="DIR", type=Path, help="folder of the finished model")
     flag("--state", metavar="DIR", type=Path, help="what an interrupted run needs")
-    flag("--size", choices=get_args(SizeName), help="about 2 M or 20 M parameters")
+    flag("--size", choices=get_args(SizeName), help="about 3 M or 20 M parameters")
     flag("--minutes", metavar="N", type=float, help="of training, resumed runs too")
     flag("--pause-minutes", metavar="N", type=float, help="stop this run after so many minutes")
     flag("--device", metavar="NAME", help='"cpu", "cuda", "cuda:N" or "auto"')

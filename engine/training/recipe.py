@@ -38,7 +38,7 @@ class TrainOptions:
             or 10 with a `base`.
         pause_minutes: after which this run stops, all its stages together, with a model of what
             was learned so far; the next one goes on. None: it does not.
-        size: "cpu" (about 2 M parameters) or "gpu" (about 20 M). With a `base` only the sizes of
+        size: "cpu" (about 3 M parameters) or "gpu" (about 20 M). With a `base` only the sizes of
             the batches and the learning rate are taken from it.
         fresh: forget an interrupted run instead of going on with it.
         seed: of initialisation, examples and noise.
