@@ -6,22 +6,30 @@ the text around the gap would parse with some ordinary line in its place is a fi
 
 import ast
 import functools
+import time
 import warnings
 
 # Longer documents would hold up the device: 100 kB take about 60 ms to parse.
 _MOST_CHARS = 100_000
-# Lines that may stand where the gap's line stands, whatever is around it.
+# Lines that may stand where the gap's lines stand, whatever is around them.
 _STAND_INS = (
     "pass",
-    "if 0:",
     "_,",
     "_: _,",
+    "if 0: pass",
+    "try: pass",
     "else:",
     "except Exception:",
     "finally:",
     "case _:",
+    ")",
+    "]",
+    "}",
+    '"""',
     "",
 )
+# A fill that cannot be blamed in this time is not.
+_MOST_S = 0.2
 
 
 def is_python(path: str | None, language: str | None) -> bool:
@@ -68,4 +76,18 @@ class Surroundings:
         indent = line[: len(line) - len(line.lstrip())]
         behind = self._suffix.partition("\n")[2]
         start = before + "\n" if "\n" in self._prefix else ""
-        return any(parses(f"{start}{indent}{line}\n{behind}") for line in _STAND_INS)
+        until = time.monotonic() + _MOST_S
+        for line in (_headers(indent, behind), *_STAND_INS):
+            if time.monotonic() >= until:
+                break
+            if parses(f"{start}{indent}{line}\n{behind}"):
+                return True
+        return False
+
+
+def _headers(indent: str, behind: str) -> str:
+    """Block headers that lead from an indent to that of the text behind; "pass" where none do."""
+    line = next((line for line in behind.split("\n") if line.strip()), "")
+    deeper = len(line) - len(line.lstrip()) - len(indent)
+    headers = [" " * more + "if 0:" for more in range(0, deeper, 4)]
+    return f"\n{indent}".join(headers) or "pass"

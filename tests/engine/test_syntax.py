@@ -19,6 +19,10 @@ from infilld.engine.syntax import Surroundings, is_python
         ("if x", " > 1", "\n    y = 1\n", True),
         ("try:\n    f()\nexcept", " ValueError", "\n    pass\n", True),
         ("if a:\n    f()\nel", "if b", "\n    pass\n", True),
+        # Several lines: headers, the start of a statement, the end of brackets.
+        ("class A:\n    ", "x = (", "\n            y = 1\n", True),
+        ("def f(a):\n    ", "a(\n    b", "\n    else:\n        pass\n", True),
+        ("f(\n    a,\n    ", "b = = c", "\nx = 1\n", True),
         # Inside brackets.
         ("f(\n    1,\n    ", "2 3", ",\n)\n", True),
         ("d = {\n    'a': 1,\n    ", "'b' 2", ",\n}\n", True),
