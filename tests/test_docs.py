@@ -12,6 +12,7 @@ PAGES = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "editor-co
 # What users or checkpoints have, a route, and a file that must not be.
 NOT_OURS = {
     *("app.py", "config.json", "generation_config.json", "tokenizer.json", "/openapi.json"),
+    "calibration.json",
     "kernels/__init__.py",
 }
 

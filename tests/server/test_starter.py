@@ -20,10 +20,12 @@ pytestmark = [
     ),
 ]
 
+# The model is sure where code resembles code nearby, and silent elsewhere.
 CRLF_AND_BOM = (
-    b"\xef\xbb\xbfdef add(a, b):\r\n    return \r\n\r\n\r\nprint(add(1, 2))  # \xf0\x9f\x98\x80"
+    b"\xef\xbb\xbfdef add(a, b):\r\n    return a + b\r\n\r\n\r\n"
+    b"def plus(a, b):\r\n    return \r\n\r\n\r\nprint(add(1, 2))  # \xf0\x9f\x98\x80"
 )
-GAP = len("def add(a, b):\r\n    return ")
+GAP = CRLF_AND_BOM.decode("utf-8-sig").rindex("return ") + len("return ")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def infilld(wanted: Settings, *words: object) -> subprocess.CompletedProcess[byt
 def test_fill_starts_the_daemon_and_finds_it_again(wanted: Settings, path: Path) -> None:
     replies = []
     for _ in range(2):
-        done = infilld(wanted, "fill", path, "--at", "2:12", "--seed", 1, "--json")
+        done = infilld(wanted, "fill", path, "--at", "6:12", "--seed", 1, "--json")
         assert done.returncode == 0, done.stderr
         replies.append(json.loads(done.stdout))
     first, second = replies
@@ -67,10 +69,10 @@ def test_fill_starts_the_daemon_and_finds_it_again(wanted: Settings, path: Path)
 
 
 def test_write_changes_the_gap_alone(wanted: Settings, path: Path) -> None:
-    done = infilld(wanted, "fill", path, "--at", "2:12", "--seed", 1, "--write", "--watch")
+    done = infilld(wanted, "fill", path, "--at", "6:12", "--seed", 1, "--write", "--watch")
     assert done.returncode == 0, done.stderr
     assert b"pass 1" in done.stderr
-    cut = CRLF_AND_BOM.index(b"return ") + len(b"return ")
+    cut = CRLF_AND_BOM.rindex(b"return ") + len(b"return ")
     assert path.read_bytes() == CRLF_AND_BOM[:cut] + done.stdout + CRLF_AND_BOM[cut:]
     assert b"\n" not in done.stdout.replace(b"\r\n", b"")
 
