@@ -1,10 +1,8 @@
 """How good answers are: counted, never judged."""
 
-import ast
 import difflib
 import math
 import statistics
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from infilld.engine.evaluation.contenders import Answer
 from infilld.engine.evaluation.items import Item
 from infilld.engine.evaluation.sandbox import Outcome
+from infilld.engine.syntax import parses
 
 # Standard deviations that hold 95 % of a normal distribution.
 _Z = 1.959964
@@ -86,17 +85,6 @@ def is_exact(item: Item, answer: Answer) -> bool:
 def similarity(text: str, missing: str) -> float:
     """Share of characters that two texts have in common, in order: 0 to 1."""
     return difflib.SequenceMatcher(None, text, missing, autojunk=False).ratio()
-
-
-def parses(source: str) -> bool:
-    """Whether Python can parse the source."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:

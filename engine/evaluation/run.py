@@ -16,10 +16,11 @@ from infilld.engine.evaluation.benchmark import humaneval_items
 from infilld.engine.evaluation.contenders import make_contender
 from infilld.engine.evaluation.held_out import files_below, held_out_files
 from infilld.engine.evaluation.items import Item, cut_items
-from infilld.engine.evaluation.measures import is_exact, measure, measure_tests, parses
+from infilld.engine.evaluation.measures import is_exact, measure, measure_tests
 from infilld.engine.evaluation.names import CONTENDERS, KINDS
 from infilld.engine.evaluation.sandbox import TIMEOUT_S, Outcome, run_tests
 from infilld.engine.infill import Infiller
+from infilld.engine.syntax import parses
 from infilld.engine.worker import load_infiller
 
 Say = Callable[[str], None]

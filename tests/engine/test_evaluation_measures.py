@@ -8,7 +8,6 @@ from infilld.engine.evaluation.measures import (
     is_exact,
     measure,
     measure_tests,
-    parses,
     similarity,
     wilson,
 )
@@ -56,14 +55,6 @@ def test_an_abstention_is_not_exact_even_where_blanks_are_missing() -> None:
 def test_similarity_is_twice_the_common_characters_over_all() -> None:
     assert similarity("abxd", "abcd") == 2 * 3 / 8
     assert similarity("", "abcd") == 0
-
-
-def test_parses() -> None:
-    assert parses("x = 1\n")
-    assert parses("'\\d'\n")  # a warning, not an error
-    assert not parses("x = \n")
-    assert not parses("\0")
-    assert not parses("(" * 5000)
 
 
 def test_every_figure() -> None:

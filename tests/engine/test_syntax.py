@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from infilld.engine.syntax import Surroundings, is_python
+from infilld.engine.syntax import Surroundings, is_python, parses
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,11 @@ def test_a_long_document_is_judged_in_bounded_time() -> None:
     started = time.monotonic()
     assert not Surroundings("x = 1\n" * 200_000, "\n").are_broken_by("((")
     assert time.monotonic() - started < 0.1
+
+
+def test_what_parses() -> None:
+    assert parses("x = 1\n")
+    assert parses("'\\d'\n")  # a warning, not an error
+    assert not parses("x = \n")
+    assert not parses("\0")
+    assert not parses("(" * 5000)
