@@ -31,6 +31,9 @@ _TEMPERATURES = (0.4, 1.0)
 # The sampler's entropy budget, and up to so many times as much: as later steps have it.
 _BUDGET_NATS = 0.1
 _BUDGET_SPREAD = 100.0
+# What the first pass is told about its canvas: nothing, as `generate` begins, or which positions
+# are given; then, for canvases that start from no draft, whether what the noise spared counts.
+_TOLD, _SPARED_COUNT = 0.9, 0.5
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,14 @@ class Losses:
     gap: Tensor | None
 
 
-def corrupt(batch: Batch, vocab_tokens: int, generator: torch.Generator) -> Tensor:
+def corrupt(
+    batch: Batch, vocab_tokens: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Canvas [B, C, L] whose gap positions are replaced by uniform tokens, at random rates.
 
     The rate is 1 for some canvases, because that is where an infill starts, and uniform in
     (0, 1) for the others. Drafted canvases start from their draft, as it is or partly noised.
-    Heads and padding stay as they are.
+    Heads and padding stay as they are. Also returned: what was replaced, [B, C, L] bool.
     """
     shape, device = batch.canvas.shape, batch.canvas.device
     rate = torch.rand(shape[:2], generator=generator).clamp(min=1e-3)
@@ -61,7 +66,7 @@ def corrupt(batch: Batch, vocab_tokens: int, generator: torch.Generator) -> Tens
     hit = (torch.rand(shape, generator=generator) < rate[..., None]).to(device) & batch.gap
     noise = torch.randint(vocab_tokens, shape, generator=generator).to(device)
     given = torch.where(batch.drafted[..., None], batch.first, batch.canvas)
-    return torch.where(hit, noise, given)
+    return torch.where(hit, noise, given), hit
 
 
 def accept_by_entropy(entropy_nats: Tensor, budget_nats: Tensor) -> Tensor:
@@ -144,8 +149,8 @@ class JointPass:
         if not batch.canvas.shape[1]:
             return Losses(self.encoder_weight * encoder_loss, encoder_loss.detach(), None)
         attend, positions = self._attend_canvas(batch, keys), self._positions(batch)
-        canvas = self._first_canvas(batch, read)
-        signal: Tensor | None = None
+        canvas, given = self._first_canvas(batch, read)
+        signal = self._first_signal(canvas, given)
         with torch.no_grad():
             for _ in range(unrolled_steps):
                 hidden = self._denoise(canvas.flatten(1), signal, attend, positions)
@@ -171,13 +176,18 @@ class JointPass:
         return head_loss(hidden, model.embed_tokens.weight, labels, weights, model.config.softcap)
 
     @torch.no_grad()
-    def _first_canvas(self, batch: Batch, read: Tensor) -> Tensor:
+    def _first_canvas(self, batch: Batch, read: Tensor) -> tuple[Tensor, Tensor]:
         """What the canvases [B, C, L] start from: noise, a found draft, or what was expected.
 
         The last is a draft of the encoder's: each token as it would have written it after the
         true ones before it. Hidden states [B, N, D] of the text are there anyhow.
+
+        Also returned: which positions are given, as pin or draft, [B, C, L] bool.
         """
-        canvas = corrupt(batch, self.model.config.vocab_tokens, self.generator)
+        canvas, hit = corrupt(batch, self.model.config.vocab_tokens, self.generator)
+        counted = torch.rand(batch.starts.shape, generator=self.generator) < _SPARED_COUNT
+        spared = (counted.to(canvas.device) | batch.drafted)[..., None] & ~hit
+        given = ~batch.gap | spared
         chosen = torch.rand(batch.starts.shape, generator=self.generator) < _READ
         b, c = (chosen.to(canvas.device) & ~batch.drafted).nonzero(as_tuple=True)
         length = torch.arange(canvas.shape[2], device=canvas.device)
@@ -189,8 +199,21 @@ class JointPass:
         heat = torch.ones(len(hidden), device=hidden.device)
         table, softcap = self.model.embed_tokens.weight, self.model.config.softcap
         clean[same] = believe(hidden, table, softcap, heat).argmax
-        canvas[b, c] = clean
-        return canvas
+        canvas[b, c], given[b, c] = clean, True
+        return canvas, given
+
+    @torch.no_grad()
+    def _first_signal(self, canvas: Tensor, given: Tensor) -> Tensor | None:
+        """What the first pass is told [B, C * L, D]: given tokens are certain, others could be any.
+
+        Without it a small model cannot tell a pin or a draft from noise.
+        """
+        if float(torch.rand((), generator=self.generator)) >= _TOLD:
+            return None
+        model = self.model
+        certain = model.embed(canvas.flatten(1))
+        anything = model.embed_tokens.weight.float().mean(0) * model.config.width**0.5
+        return torch.where(given.flatten(1)[..., None], certain, anything.to(certain.dtype))
 
     def _step(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The next canvas [B, C, L], and what the sampler feeds back [B, C * L, D].

@@ -12,7 +12,7 @@ from infilld.engine.training.examples import ExampleShape
 SizeName = Literal["cpu", "gpu"]
 
 # Share of the steps beside the canvas's in which the encoder reads alone.
-_READING = 0.35
+_READING = 0.2
 
 MINUTES, ADAPTING_MINUTES = 60.0, 10.0
 # A prompt shorter than this holds no more than a few lines.

@@ -49,7 +49,7 @@ def joint_logits(batch: Batch, canvas: torch.Tensor, belief: torch.Tensor | None
 
 
 def test_a_canvas_gets_the_logits_the_engine_would_give_it(batch: Batch) -> None:
-    canvas = corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
+    canvas, _ = corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
     first = joint_logits(batch, canvas, None)
     second = joint_logits(batch, canvas, first.flatten(1, 2))
     model = tiny_model(tiny_config(TOKENIZER.vocab_tokens))
@@ -67,7 +67,7 @@ def test_a_canvas_gets_the_logits_the_engine_would_give_it(batch: Batch) -> None
 
 
 def test_nothing_at_or_after_a_cut_reaches_its_canvas(batch: Batch) -> None:
-    canvas = corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
+    canvas, _ = corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
     before = joint_logits(batch, canvas, None)
     b = int(batch.gap[:, :2].any(-1).all(-1).nonzero()[0])
     encoder = batch.encoder.clone()
@@ -95,7 +95,7 @@ def test_workers_make_the_same_batches() -> None:
 
 
 def test_a_canvas_does_not_see_its_neighbours(batch: Batch) -> None:
-    canvas = corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
+    canvas, _ = corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
     other = canvas.clone()
     other[:, 1] = 77
     before, after = joint_logits(batch, canvas, None), joint_logits(batch, other, None)
@@ -105,7 +105,7 @@ def test_a_canvas_does_not_see_its_neighbours(batch: Batch) -> None:
 
 def test_noise_falls_on_gaps_alone(batch: Batch) -> None:
     plain = dataclasses.replace(batch, drafted=torch.zeros_like(batch.drafted))
-    noised = corrupt(plain, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
+    noised, _ = corrupt(plain, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(0))
     changed = noised != batch.canvas
     assert not (changed & ~batch.gap).any()
     rates = changed.sum(-1) / batch.gap.sum(-1).clamp(min=1)
@@ -117,7 +117,7 @@ def test_a_drafted_canvas_starts_from_its_draft(batch: Batch) -> None:
     given = batch.head & batch.drafted[..., None]
     assert torch.equal(batch.first[given], batch.canvas[given])
     draws = [
-        corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(seed))
+        corrupt(batch, TOKENIZER.vocab_tokens, torch.Generator().manual_seed(seed))[0]
         for seed in range(8)
     ]
     kept = torch.stack([(canvas == batch.first).all(-1) for canvas in draws])[:, batch.drafted]
@@ -198,3 +198,21 @@ def test_an_unrolled_canvas_is_what_the_sampler_would_hand_on(batch: Batch) -> N
     # At least the surest position of every canvas, and noise elsewhere.
     assert kept.any(-1)[batch.gap.any(-1)].all()
     assert (canvas != believed)[batch.gap].any()
+
+
+def test_the_first_pass_is_told_which_positions_are_given(batch: Batch) -> None:
+    model = tiny_model(tiny_config(TOKENIZER.vocab_tokens))
+    run = JointPass(model, torch.Generator().manual_seed(0))
+    keys: list[tuple[torch.Tensor, torch.Tensor]] = []
+    read = run._encode(batch, keys)
+    canvas, given = run._first_canvas(batch, read)
+    assert given[~batch.gap].all()
+    assert 0 < given[batch.gap].float().mean() < 1
+    signals = [run._first_signal(canvas, given) for _ in range(40)]
+    told = [signal for signal in signals if signal is not None]
+    assert len(told) in range(20, 40)
+    # As the engine says it: a belief that is certain of what is given and open about the rest.
+    belief = torch.zeros(*canvas.shape, TOKENIZER.vocab_tokens)
+    certain = torch.full_like(belief, -torch.inf).scatter_(-1, canvas[..., None], 0.0)
+    belief = torch.where(given[..., None], certain, belief).flatten(1, 2)
+    torch.testing.assert_close(told[0], model.embed_belief(belief), atol=1e-6, rtol=1e-4)
