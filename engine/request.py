@@ -28,8 +28,13 @@ Reason = Literal[
 ]
 
 
+ContextKind = Literal["open", "recent", "definition", "diagnostic", "clipboard"]
+
 # An hour: longer than anybody waits, and short enough for the arithmetic of clocks.
 MAX_DEADLINE_MS = 3_600_000
+MAX_ALTERNATIVES = 8
+# More gaps than anybody sees at once; each costs a place on a canvas.
+MAX_SPANS = 64
 
 
 @dataclass(frozen=True)
@@ -40,23 +45,50 @@ class Span:
     end: int
 
 
+@dataclass(frozen=True)
+class Context:
+    """Material from elsewhere: its path, its text, and where it comes from."""
+
+    path: str
+    text: str
+    kind: ContextKind = "open"
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Text that the result of span number `span` must start or end with."""
+
+    span: int
+    at: Literal["start", "end"]
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class InfillRequest:
-    """One infill or rewrite.
+    """One infill, rewrite or repair.
 
     Attributes:
         text: the document, or a window of it.
         spans: what may change, in code points of `text`.
-        document: key under which a newer request supersedes this one; None: nothing does.
-        path: file name. language: language identifier. Both are taken for what is to come; no
-            prompt or filter reads them yet.
+        document: key under which a newer request supersedes this one, and finds what was computed
+            for it; None: nothing does.
+        path: file name. language: language identifier.
         instruction: what to do with the selected text.
+        context: from elsewhere; what helps is read, as far as there is room.
+        pins: what results must start and end with.
+        drafts: one for each span, or none at all; the canvas starts from it instead of noise.
+        repair: suspected text within the spans, in code points of `text`: all other text of the
+            spans is kept. Empty: what the model finds unlikely is suspected. None: no repair.
         alternatives: how many different fills are wanted.
         min_tokens: fewest tokens of a fill; None: 0.
         max_tokens: most tokens of a fill; None: chosen from the kind of gap.
+        boldness: 0 shows only what is nearly certain, 1 whatever is not broken; None: the
+            model's own, which is 0.5.
         deadline_ms: from arrival; None: no deadline.
         seed: of every random draw; None: drawn and returned.
+        think: the model may reason before it writes.
         warm: only encode the prompt.
+        background: every other request goes first.
     """
 
     text: str
@@ -65,35 +97,34 @@ class InfillRequest:
     path: str | None = None
     language: str | None = None
     instruction: str | None = None
+    context: tuple[Context, ...] = ()
+    pins: tuple[Pin, ...] = ()
+    drafts: tuple[str | None, ...] = ()
+    repair: tuple[Span, ...] | None = None
     alternatives: int = 1
     min_tokens: int | None = None
     max_tokens: int | None = None
+    boldness: float | None = None
     deadline_ms: float | None = None
     seed: int | None = None
+    think: bool = False
     warm: bool = False
+    background: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no model could serve.
 
         Raises:
-            RequestError: no span; BadText: a lone surrogate; SpanOutOfRange, SpansOverlap;
-            UnknownOption: a bound or a count outside its range.
+            RequestError: no span, or too many; BadText: a lone surrogate; SpanOutOfRange,
+            SpansOverlap; UnknownOption: a bound, a pin or a count that means nothing.
         """
-        try:
-            self.text.encode()
-        except UnicodeEncodeError as error:
-            raise BadText(f"lone surrogate at code point {error.start} of text") from None
-        if not self.spans:
-            raise RequestError("no span to fill", remedy="Give at least one span.")
-        for index, span in enumerate(self.spans):
-            if not 0 <= span.start <= span.end <= len(self.text):
-                raise SpanOutOfRange(
-                    f"span {index} is [{span.start}, {span.end}), "
-                    f"the text has {len(self.text)} code points"
-                )
-        _refuse_overlap(self.spans)
-        if not 1 <= self.alternatives <= 8:
-            raise UnknownOption(f"n is {self.alternatives}", remedy="Ask for 1 to 8 alternatives.")
+        self._refuse_bad_text()
+        self._refuse_bad_spans()
+        self._refuse_bad_pins()
+        if not 1 <= self.alternatives <= MAX_ALTERNATIVES:
+            raise UnknownOption(
+                f"n is {self.alternatives}", remedy=f"Ask for 1 to {MAX_ALTERNATIVES} alternatives."
+            )
         low, high = self.min_tokens, self.max_tokens
         if (low is not None and low < 0) or (high is not None and high < 1):
             raise UnknownOption(
@@ -104,6 +135,10 @@ class InfillRequest:
             raise UnknownOption(
                 f"min_tokens {low} is more than max_tokens {high}", remedy="Swap the two bounds."
             )
+        if self.boldness is not None and not 0 <= self.boldness <= 1:
+            raise UnknownOption(
+                f"boldness is {self.boldness}", remedy="Give a boldness from 0 (shy) to 1 (bold)."
+            )
         if self.deadline_ms is not None and not 0 < self.deadline_ms <= MAX_DEADLINE_MS:
             raise UnknownOption(
                 f"deadline_ms is {self.deadline_ms}",
@@ -113,6 +148,76 @@ class InfillRequest:
             raise UnknownOption(
                 f"seed is {self.seed}", remedy="Give a seed from 0 to 9223372036854775807."
             )
+
+    def _refuse_bad_text(self) -> None:
+        parts = {
+            "text": self.text,
+            "instruction": self.instruction,
+            **{f"context {i}": each.text for i, each in enumerate(self.context)},
+            **{f"the path of context {i}": each.path for i, each in enumerate(self.context)},
+            **{f"pin {i}": each.text for i, each in enumerate(self.pins)},
+            **{f"draft {i}": each for i, each in enumerate(self.drafts)},
+        }
+        for name, part in parts.items():
+            try:
+                (part or "").encode()
+            except UnicodeEncodeError as error:
+                raise BadText(f"lone surrogate at code point {error.start} of {name}") from None
+
+    def _refuse_bad_spans(self) -> None:
+        if not self.spans:
+            raise RequestError("no span to fill", remedy="Give at least one span.")
+        if len(self.spans) > MAX_SPANS:
+            raise RequestError(
+                f"{len(self.spans)} spans", remedy=f"Give up to {MAX_SPANS} spans in one request."
+            )
+        for index, span in enumerate(self.spans):
+            if not 0 <= span.start <= span.end <= len(self.text):
+                raise SpanOutOfRange(
+                    f"span {index} is [{span.start}, {span.end}), "
+                    f"the text has {len(self.text)} code points"
+                )
+            for place in (span.start, span.end):
+                if self.text[place - 1 : place + 1] == "\r\n" and place > 0:
+                    raise SpanOutOfRange(
+                        f"span {index} begins or ends within the line end at {place - 1}",
+                        remedy="Put it before or behind both characters of the CRLF.",
+                    )
+        _refuse_overlap(self.spans)
+        if self.drafts and len(self.drafts) != len(self.spans):
+            raise UnknownOption(
+                f"{len(self.drafts)} drafts for {len(self.spans)} spans",
+                remedy="Give one draft for each span, null where there is none.",
+            )
+        if self.repair is None:
+            return
+        if any(span.start == span.end for span in self.spans):
+            raise UnknownOption(
+                "an empty span cannot be repaired", remedy="Select the text that is to be repaired."
+            )
+        for suspect in self.repair:
+            if not any(
+                span.start <= suspect.start < suspect.end <= span.end for span in self.spans
+            ):
+                raise SpanOutOfRange(
+                    f"the suspected text [{suspect.start}, {suspect.end}) is not part of a span",
+                    remedy="Give ranges of at least one character within the spans.",
+                )
+
+    def _refuse_bad_pins(self) -> None:
+        taken = set()
+        for index, pin in enumerate(self.pins):
+            if not 0 <= pin.span < len(self.spans):
+                raise UnknownOption(
+                    f"pin {index} is for span {pin.span} of {len(self.spans)}",
+                    remedy="Spans are counted from 0.",
+                )
+            if (pin.span, pin.at) in taken:
+                raise UnknownOption(
+                    f"pin {index} is a second {pin.at} for span {pin.span}",
+                    remedy="Give one start and one end at most.",
+                )
+            taken.add((pin.span, pin.at))
 
 
 def _refuse_overlap(spans: Sequence[Span]) -> None:
@@ -130,7 +235,8 @@ def _refuse_overlap(spans: Sequence[Span]) -> None:
 class SpanFill:
     """New text of one span; `start` and `end` are offsets in the request's text.
 
-    `confidence` is the geometric mean probability of the fill's tokens, 0 to 1.
+    `confidence` is the calibrated chance that it is right, 0 to 1; the geometric mean probability
+    of its tokens where the model has no calibration.
     """
 
     start: int
