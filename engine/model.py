@@ -6,7 +6,8 @@
 Both directions use the same weights but for the layer scalars and the self-conditioning block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,21 @@ from infilld.engine.layers import Attend, Layer, RMSNorm, Rotary, Rotation, Self
 
 # Prompts are encoded in pieces: the mask of a piece is [piece, prefix + piece] booleans.
 ENCODE_CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class CanvasPass:
+    """What one pass reads: canvases that share an encoded prefix.
+
+    Attributes:
+        canvas: token ids [R, L] int64, any L of 1 or more.
+        cache: the encoded prefix, only read.
+        belief: [R, L, V] logits carried from the step before; None: there is none.
+    """
+
+    canvas: Tensor
+    cache: PrefixCache
+    belief: Tensor | None
 
 
 class DiffusionGemma(nn.Module):
@@ -117,7 +133,48 @@ class DiffusionGemma(nn.Module):
             keys, values = cache.join(layer, key, value)
             return F.scaled_dot_product_attention(query, keys, values, scale=1.0, enable_gqa=True)
 
-        return self.logits(self._run(x, start, attend, self._decoder_scalars()))
+        return self.logits(self._run(x, self._places(start, x), attend, self._decoder_scalars()))
+
+    @torch.no_grad()
+    def denoise_together(self, passes: Sequence[CanvasPass]) -> list[Tensor]:
+        """One pass over the canvases of several prefixes, of any lengths, side by side.
+
+        Everything but the attention is computed once over all positions.
+
+        Returns:
+            For each its soft-capped logits [R, L, V] float32, as `denoise` would give them alone.
+        """
+        if len(passes) == 1:
+            return [self.denoise(passes[0].canvas, passes[0].cache, passes[0].belief)]
+        inputs, places, ends = [], [], []
+        for each in passes:
+            signal = None if each.belief is None else self.embed_belief(each.belief)
+            x = self.self_conditioning(self.embed(each.canvas), signal)
+            inputs.append(x.flatten(0, 1))
+            rows, length = each.canvas.shape
+            start = each.cache.tokens
+            places.append(torch.arange(start, start + length, device=x.device).repeat(rows))
+            ends.append(each.canvas.numel())
+        positions = torch.cat(places)
+
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            parts = [torch.split(tensor, ends, dim=2) for tensor in (query, key, value)]
+            attended = []
+            for each, own in zip(passes, zip(*parts, strict=True), strict=True):
+                rows = len(each.canvas)
+                queries, keys, values = (_unflatten(tensor, rows) for tensor in own)
+                keys, values = each.cache.join(layer, keys, values)
+                out = F.scaled_dot_product_attention(
+                    queries, keys, values, scale=1.0, enable_gqa=True
+                )
+                attended.append(out.transpose(0, 1).flatten(1, 2))
+            return torch.cat(attended, dim=1)[None]
+
+        hidden = self._run(torch.cat(inputs)[None], positions, attend, self._decoder_scalars())
+        logits = torch.split(self.logits(hidden[0]), ends)
+        return [
+            part.view(*each.canvas.shape, -1) for part, each in zip(logits, passes, strict=True)
+        ]
 
     @torch.no_grad()
     def read(self, rows: Tensor, cache: PrefixCache) -> Tensor:
@@ -133,7 +190,8 @@ class DiffusionGemma(nn.Module):
             mask = self._causal_mask(layer, start, count, keys.shape[2])
             return _masked_attention(query, keys, values, mask)
 
-        return self._run(self.embed(rows), start, attend, self._encoder_scalars())
+        x = self.embed(rows)
+        return self._run(x, self._places(start, x), attend, self._encoder_scalars())
 
     def _encode_piece(self, tokens: Tensor, cache: PrefixCache) -> Tensor:
         start, count = cache.tokens, len(tokens)
@@ -148,12 +206,16 @@ class DiffusionGemma(nn.Module):
                 masks[kind] = self._causal_mask(layer, start, count, keys.shape[2])
             return _masked_attention(query, keys, values, masks[kind])
 
-        hidden = self._run(self.embed(tokens[None]), start, attend, self._encoder_scalars())[0]
+        x = self.embed(tokens[None])
+        hidden = self._run(x, self._places(start, x), attend, self._encoder_scalars())[0]
         cache.commit(tokens)
         return hidden
 
-    def _run(self, x: Tensor, start: int, attend: Attend, scalars: list[Tensor]) -> Tensor:
-        positions = torch.arange(start, start + x.shape[1], device=x.device)
+    def _places(self, start: int, x: Tensor) -> Tensor:
+        """Positions [N] of x [R, N, D] behind a prefix of `start` tokens."""
+        return torch.arange(start, start + x.shape[1], device=x.device)
+
+    def _run(self, x: Tensor, positions: Tensor, attend: Attend, scalars: list[Tensor]) -> Tensor:
         rotary: dict[LayerKind, Rotary] = {
             kind: self.rotations[kind](positions, x.dtype) for kind in self.config.kinds
         }
@@ -180,6 +242,11 @@ class DiffusionGemma(nn.Module):
 
     def _encoder_scalars(self) -> list[Tensor]:
         return list(torch.split(self.encoder_scalars, 1))
+
+
+def _unflatten(tensor: Tensor, rows: int) -> Tensor:
+    """[1, H, R * L, A] as [R, H, L, A]."""
+    return tensor[0].view(tensor.shape[1], rows, -1, tensor.shape[3]).transpose(0, 1)
 
 
 def _masked_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

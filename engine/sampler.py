@@ -21,7 +21,8 @@ from infilld.engine.cache import PrefixCache
 from infilld.engine.config import SamplerConfig
 from infilld.engine.draws import Draws
 from infilld.engine.errors import ContextTooLong, ModelError, RequestError
-from infilld.engine.model import DiffusionGemma
+from infilld.engine.model import CanvasPass, DiffusionGemma
+from infilld.engine.passes import Work, drive
 from infilld.engine.schedule import temperature
 from infilld.engine.stopping import History, StopRule, reference_stop
 from infilld.kernels.accept import accept
@@ -162,31 +163,70 @@ def denoise(
     on_step: Callable[[Step], None] | None = None,
     is_late: Callable[[], bool] | None = None,
 ) -> Denoised:
+    """Refine canvases as `denoising` does, alone on the model."""
+    work = denoising(
+        cache,
+        canvas,
+        config,
+        draws,
+        stop=stop,
+        pins=pins,
+        banned=banned,
+        greedy=greedy,
+        on_step=on_step,
+        is_late=is_late,
+    )
+    return drive(model, work)
+
+
+def denoising(
+    cache: PrefixCache,
+    canvas: Tensor,
+    config: SamplerConfig,
+    draws: Draws,
+    *,
+    stop: StopRule,
+    pins: Pins | None = None,
+    banned: Tensor | None = None,
+    greedy: bool = False,
+    belief: Tensor | None = None,
+    is_draft: bool = False,
+    logits: Tensor | None = None,
+    on_step: Callable[[Step], None] | None = None,
+    is_late: Callable[[], bool] | None = None,
+) -> Work[Denoised]:
     """Refine canvases [R, L] until every row is done, it is late, or the steps are spent.
 
     A row's result is fixed in the pass in which its stop rule held; the others go on.
 
     Args:
-        model: weights. cache: the encoded prefix, only read.
+        cache: the encoded prefix, only read.
         canvas: starting tokens [R, L] int64.
         config, draws, pins, banned, greedy: see `denoise_step`.
         stop: asked after every pass.
-        on_step: called after every pass; what it raises ends the loop.
+        belief: [R, L, V] logits that the first pass is told; None: nothing.
+        is_draft: the starting canvas counts as a pass's argmax: where the first pass leaves it as
+            it is, it is stable.
+        logits: [R, L, V] of the first pass, where somebody has them already.
+        on_step: called after every pass; what it raises ends the work.
         is_late: asked after every pass; a late canvas is returned as it is, not as converged.
     """
     if pins is not None:
         canvas = pins.impose(canvas)
     free = torch.ones_like(canvas, dtype=torch.bool) if pins is None else ~pins.mask
     history = History(free)
+    if is_draft:
+        history.observe(canvas, torch.full(canvas.shape, torch.inf, device=canvas.device))
     result: Tensor | None = None
-    belief: Tensor | None = None
     converged = torch.zeros(canvas.shape[0], dtype=torch.bool, device=canvas.device)
     impl: Literal["gpu", "reference"] = "gpu" if canvas.is_cuda else "reference"
     for index in range(config.max_steps):
-        logits = model.denoise(canvas, cache, belief)
+        if logits is None:
+            (logits,) = yield [CanvasPass(canvas, cache, belief)]
         step = denoise_step(
             logits, index, config, draws, pins=pins, banned=banned, greedy=greedy, impl=impl
         )
+        logits = None
         if result is None:
             result, log_probability = step.argmax, step.log_probability
         else:

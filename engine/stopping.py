@@ -86,6 +86,19 @@ class AllOf:
         return torch.stack([rule.done(history) for rule in self.rules]).all(0)
 
 
+@dataclass(frozen=True)
+class AnyOf:
+    """At least one rule says so."""
+
+    rules: Sequence[StopRule]
+
+    def done(self, history: History) -> Tensor:
+        """Rows on which one of them holds."""
+        if not self.rules:
+            return _none(history)
+        return torch.stack([rule.done(history) for rule in self.rules]).any(0)
+
+
 def reference_stop(config: SamplerConfig) -> StopRule:
     """Stable and certain, as `transformers` stops; never, when either threshold is None."""
     if config.stability_passes is None or config.mean_entropy_nats is None:

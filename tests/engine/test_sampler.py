@@ -15,10 +15,13 @@ from torch import Tensor
 from infilld.engine.config import SamplerConfig
 from infilld.engine.draws import SeededDraws
 from infilld.engine.errors import ModelError
-from infilld.engine.sampler import Denoised, Pins, Step, denoise, denoise_step, generate
+from infilld.engine.model import CanvasPass
+from infilld.engine.passes import drive
+from infilld.engine.sampler import Denoised, Pins, Step, denoise, denoise_step, denoising, generate
 from infilld.engine.schedule import temperature
 from infilld.engine.stopping import (
     AllOf,
+    AnyOf,
     History,
     LowEntropy,
     Stable,
@@ -42,6 +45,9 @@ class FakeModel:
         self.beliefs.append(belief)
         index = min(len(self.canvases), len(self.sayings)) - 1
         return self.sayings[index]
+
+    def denoise_together(self, passes: Sequence[CanvasPass]) -> list[Tensor]:
+        return [self.denoise(each.canvas, each.cache, each.belief) for each in passes]
 
 
 def certain(tokens: Sequence[Sequence[int]], height: float = 30.0) -> Tensor:
@@ -418,3 +424,53 @@ class TestEndOfText:
 
     def test_without_pad_nothing_is_replaced(self) -> None:
         assert self.end(7, 1, 8, pad=None) == ([7, 1, 8], True)
+
+
+class TestDrafts:
+    def test_a_draft_that_is_left_as_it_is_takes_one_pass(self) -> None:
+        stop = AllOf((Stable(passes=1), LowEntropy(mean_nats=0.05)))
+        model = FakeModel(certain([[7] * L]))
+        work = denoising(
+            None,  # type: ignore[arg-type]
+            torch.full((1, L), 7),
+            CONFIG,
+            SeededDraws(0),
+            stop=stop,
+            is_draft=True,
+        )
+        assert drive(model, work).passes == 1  # type: ignore[arg-type]
+        assert run(FakeModel(certain([[7] * L])), stop=stop).passes == 2
+
+    def test_the_first_pass_is_told_the_belief_it_is_given(self) -> None:
+        belief = random_logits(3)
+        model = FakeModel(certain([[1] * L]))
+        canvas = torch.full((1, L), 7)
+        work = denoising(
+            None,  # type: ignore[arg-type]
+            canvas,
+            CONFIG,
+            SeededDraws(0),
+            stop=AllOf(()),
+            belief=belief,
+        )
+        drive(model, work)  # type: ignore[arg-type]
+        assert model.beliefs[0] is belief
+
+    def test_a_first_pass_that_is_there_already_is_not_repeated(self) -> None:
+        model = FakeModel(certain([[1] * L]))
+        work = denoising(
+            None,  # type: ignore[arg-type]
+            torch.full((1, L), 7),
+            replace(CONFIG, max_steps=3),
+            SeededDraws(0),
+            stop=AllOf(()),
+            logits=certain([[2] * L]),
+        )
+        assert drive(model, work).passes == 3  # type: ignore[arg-type]
+        assert len(model.canvases) == 2
+
+    def test_any_of_needs_one_rule(self) -> None:
+        sure = AnyOf((Stable(passes=1), LowEntropy(mean_nats=0.05)))
+        assert run(FakeModel(certain([[1] * L])), stop=sure).passes == 1
+        assert run(FakeModel(certain([[1] * L], height=3.0)), stop=sure).passes == 2
+        assert run(FakeModel(certain([[1] * L])), stop=AnyOf(())).passes == CONFIG.max_steps
