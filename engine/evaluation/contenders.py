@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import torch
 from infilld.engine.canvas import gap_kind
 from infilld.engine.errors import RequestError
 from infilld.engine.evaluation.items import Item
+from infilld.engine.evaluation.names import SWITCHES
 from infilld.engine.evaluation.ngram import NGram
 from infilld.engine.evaluation.written import limit_of, write
 from infilld.engine.found import found_drafts
@@ -67,7 +68,8 @@ class Canvas:
         """The engine's first alternative; what it refuses is an abstention too."""
         at = len(item.before)
         tokens = None
-        if self.knows_length:
+        # Of nothing there is no number of tokens that a gap could have.
+        if self.knows_length and item.missing:
             tokens = max(1, len(self.engine.tokenizer.encode(item.missing)))
         request = InfillRequest(
             text=item.before + item.after,
@@ -172,25 +174,22 @@ def make_contender(name: str, engine: Infiller, seed: int) -> Contender:
         name: which. engine: its model and vocabulary. seed: of the requests.
     """
     assert engine.controls is not None
-    controls = engine.controls
+    switch = SWITCHES.get(name)
+    if switch is not None:
+        return Canvas(name, switched(engine, name), seed, switch.knows_length)
+    if name == "causal_greedy":
+        return CausalGreedy(name, engine, engine.controls)
+    return Retrieval(name) if name == "retrieval" else DocumentNGram(name, engine)
 
-    def canvas(method: FillMethod, *, knows_length: bool = False) -> Canvas:
-        # An engine of its own: the encoded prefixes of one must not help another.
-        own = Infiller(engine.model, engine.tokenizer, engine.sampler, method, engine.calibration)
-        return Canvas(name, own, seed, knows_length)
 
-    makers: dict[str, Callable[[], Contender]] = {
-        "canvas": lambda: canvas(FillMethod()),
-        "all_shown": lambda: canvas(FillMethod(holds_back=False)),
-        "no_found_drafts": lambda: canvas(FillMethod(found_drafts=0)),
-        "causal_draft": lambda: canvas(FillMethod(causal_draft=True)),
-        "suffix_in_prompt": lambda: canvas(FillMethod(pins_suffix=False)),
-        "oracle_length": lambda: canvas(FillMethod(), knows_length=True),
-        "causal_greedy": lambda: CausalGreedy(name, engine, controls),
-        "retrieval": lambda: Retrieval(name),
-        "n_gram": lambda: DocumentNGram(name, engine),
-    }
-    return makers[name]()
+def switched(engine: Infiller, name: str) -> Infiller:
+    """An engine of its own with a switch's method: no other one's encoded prefixes can help it.
+
+    Args:
+        engine: its model and vocabulary. name: of `SWITCHES`.
+    """
+    method = FillMethod(**SWITCHES[name].changes)
+    return Infiller(engine.model, engine.tokenizer, engine.sampler, method, engine.calibration)
 
 
 def _ms_since(started: float) -> float:

@@ -1,6 +1,10 @@
 """Gaps with known answers, cut out of files. Nothing is picked by hand: a seed is."""
 
+import functools
+import io
 import random
+import tokenize
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +13,10 @@ from infilld.engine.training.corpus import SourceFile
 
 _LONGEST_SPAN_CHARS = 40
 _FEWEST_LINES, _MOST_LINES = 2, 4
+# Directly before one of these an operand to the left is complete.
+_COMPLETED_BY = frozenset(")]}:,")
+_OPENING, _CLOSING = frozenset("([{"), frozenset(")]}")
+_OPERANDS = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING)
 # Random places looked at for one item: a file of nothing but blank lines must end the search.
 _TRIES = 1000
 
@@ -27,7 +35,8 @@ class Item:
 
     Attributes:
         kind: of the gap, see `KINDS`.
-        before, missing, after: the document in three parts; `missing` is the gap's true text.
+        before, missing, after: the document in three parts; `missing` is the gap's true text,
+            and empty where nothing ought to be shown.
         source: path of the file, or name of the task.
         check: tests to run; None: there are none.
     """
@@ -52,7 +61,7 @@ def cut_items(files: Sequence[SourceFile], kind: str, count: int, seed: int) -> 
     """Random gaps of a kind; every character of the files is as likely to be met.
 
     Args:
-        files: held out. kind: of `KINDS`, not `benchmark`. count: items wanted.
+        files: held out. kind: of `CUT_KINDS`. count: items wanted.
         seed: chooses them, and nothing else does.
 
     Raises:
@@ -107,6 +116,49 @@ def _span(text: str, at: int, rng: random.Random) -> tuple[int, int] | None:
     return (at, end) if end <= len(text) and text[at:end].strip() else None
 
 
+def _silent(text: str, at: int, rng: random.Random) -> tuple[int, int] | None:
+    """A place where nothing is missing, the next one of a kind that is drawn."""
+    places = _quiet_places(text)[rng.randrange(3)]
+    index = bisect_left(places, at)
+    return (places[index], places[index]) if index < len(places) else None
+
+
+# Of the files of one evaluation; the tokens of a long one take a tenth of a second.
+@functools.lru_cache(maxsize=512)
+def _quiet_places(text: str) -> tuple[list[int], list[int], list[int]]:
+    """Ends of complete statements' lines, blank lines, and places right before a token.
+
+    All three end where code follows, so that nothing at the end of a file can be missing.
+    """
+    starts = [0]
+    for line in text.split("\n"):
+        starts.append(starts[-1] + len(line) + 1)
+    ends: list[int] = []
+    blank: list[int] = []
+    before: list[int] = []
+    last_code = len(text.rstrip())
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    except (tokenize.TokenError, SyntaxError):
+        return ends, blank, before
+    depth, left, is_complete = 0, 0, False
+    for token in tokens:
+        start = starts[token.start[0] - 1] + token.start[1]
+        if token.type == tokenize.NEWLINE and start < last_code:
+            ends.append(start)
+        is_blank = token.type == tokenize.NL and not token.line.strip()
+        # Within brackets a blank line stands between no statements.
+        if is_blank and depth == 0 and start < last_code:
+            blank.append(start)
+        if token.type == tokenize.OP:
+            if left == start and is_complete and token.string in _COMPLETED_BY:
+                before.append(start)
+            depth += (token.string in _OPENING) - (token.string in _CLOSING)
+        is_complete = token.type in _OPERANDS or token.string in _CLOSING
+        left = starts[token.end[0] - 1] + token.end[1]
+    return ends, blank, before
+
+
 def _line_around(text: str, at: int) -> tuple[int, int]:
     """Start and end of the line that holds `at`; its line end is not part of it."""
     end = text.find("\n", at)
@@ -123,4 +175,5 @@ _CUTS: dict[str, _Cut] = {
     "line": _line,
     "lines": _lines,
     "span": _span,
+    "silent": _silent,
 }

@@ -21,9 +21,9 @@ def measure(
 ) -> dict[str, Any]:
     """Figures for the answers of one contender.
 
-    An abstention counts as wrong and as an empty gap; `precision` and `shown_parse_rate` leave it
-    out. A file that does not parse with its true text says nothing about an answer, and counts
-    in no parse rate.
+    An abstention counts as an empty gap, and as wrong where something is missing; `precision` and
+    `shown_parse_rate` leave it out. A file that does not parse with its true text says nothing
+    about an answer, and counts in no parse rate.
 
     Args:
         items: at least one. answers: one for each item.
@@ -35,6 +35,9 @@ def measure(
     pairs = list(zip(items, answers, strict=True))
     exact = [is_exact(item, answer) for item, answer in pairs]
     shown = [answer.text is not None for answer in answers]
+    # Where nothing is missing, what is exact is not shown.
+    right = sum(is_right and is_shown for is_right, is_shown in zip(exact, shown, strict=True))
+    is_silent = all(not item.missing for item in items)
     similar = [similarity(answer.text or "", item.missing) for item, answer in pairs]
     parsed = [
         (parses(item.filled(answer.text or "")), answer.text is not None)
@@ -52,14 +55,59 @@ def measure(
         "parse_items": len(parsed),
         "abstained": round(1 - sum(shown) / count, 4),
         "abstained_for": dict(Counter(a.reason for a in answers if a.text is None)),
-        # What is exact is shown.
-        "precision": round(hits / sum(shown), 4) if any(shown) else None,
-        "precision_95": wilson(hits, sum(shown)) if any(shown) else None,
+        "precision": round(right / sum(shown), 4) if any(shown) and not is_silent else None,
+        "precision_95": wilson(right, sum(shown)) if any(shown) and not is_silent else None,
         "shown_parse_rate": _share([is_parsed for is_parsed, is_shown in parsed if is_shown]),
         "mean_passes": round(statistics.fmean(answer.passes for answer in answers), 2),
         "median_ms": round(statistics.median(ms), 2),
-        "p90_ms": round(_p90(ms), 2),
+        "p90_ms": round(p90(ms), 2),
     }
+
+
+def measure_silence(items: Sequence[Item], answers: Sequence[Answer]) -> dict[str, Any]:
+    """How often nothing is shown where nothing is missing, and what the noise is elsewhere.
+
+    Args:
+        items: at least one, nothing is missing in any. answers: one for each item.
+
+    Returns:
+        `silent`, `silent_95` — share that is silent; `noise` — the others; `noise_at` — share of
+        noise for each kind of place; `noise_shown` — how often what was shown.
+    """
+    noises = [
+        (place_of(item), "" if is_exact(item, answer) else noise_of(item, answer.text or ""))
+        for item, answer in zip(items, answers, strict=True)
+    ]
+    count = len(noises)
+    silent = sum(not noise for _, noise in noises)
+    at = {
+        place: [bool(noise) for where, noise in noises if where == place]
+        for place in dict.fromkeys(where for where, _ in noises)
+    }
+    return {
+        "silent": round(silent / count, 4),
+        "silent_95": wilson(silent, count),
+        "noise": round(1 - silent / count, 4),
+        "noise_at": {place: _share(found) for place, found in sorted(at.items())},
+        "noise_shown": dict(Counter(noise for _, noise in noises if noise)),
+    }
+
+
+def place_of(item: Item) -> str:
+    """Where a silent item's place is: line_end, blank_line or before_code."""
+    if item.after.partition("\n")[0].strip():
+        return "before_code"
+    return "line_end" if item.before.rpartition("\n")[2].strip() else "blank_line"
+
+
+def noise_of(item: Item, text: str) -> str:
+    """What was shown where nothing is missing: repeats_suffix, lines, word or punctuation."""
+    bare = text.strip()
+    if item.after.lstrip().startswith(bare):
+        return "repeats_suffix"
+    if "\n" in bare:
+        return "lines"
+    return "word" if any(character.isalnum() for character in bare) else "punctuation"
 
 
 def measure_tests(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
@@ -78,7 +126,12 @@ def measure_tests(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
 
 
 def is_exact(item: Item, answer: Answer) -> bool:
-    """Whether the answer is what was missing, but for blanks at its end."""
+    """Whether the answer is what was missing, but for blanks at its end.
+
+    Where nothing was missing, no answer is as right as an empty one.
+    """
+    if not item.missing:
+        return not (answer.text or "").strip()
     return answer.text is not None and answer.text.rstrip() == item.missing.rstrip()
 
 
@@ -103,7 +156,12 @@ def _share(flags: Sequence[bool]) -> float | None:
     return round(sum(flags) / len(flags), 4) if flags else None
 
 
-def _p90(values: Sequence[float]) -> float:
+def p90(values: Sequence[float]) -> float:
+    """What a tenth of the values exceed.
+
+    Args:
+        values: at least one.
+    """
     if len(values) == 1:
         return values[0]
     return statistics.quantiles(values, n=10, method="inclusive")[8]

@@ -16,7 +16,7 @@ from infilld.engine.evaluation.benchmark import humaneval_items
 from infilld.engine.evaluation.contenders import make_contender
 from infilld.engine.evaluation.held_out import files_below, held_out_files
 from infilld.engine.evaluation.items import Item, cut_items
-from infilld.engine.evaluation.measures import is_exact, measure, measure_tests
+from infilld.engine.evaluation.measures import is_exact, measure, measure_silence, measure_tests
 from infilld.engine.evaluation.names import CONTENDERS, KINDS
 from infilld.engine.evaluation.sandbox import TIMEOUT_S, Outcome, run_tests
 from infilld.engine.infill import Infiller
@@ -170,6 +170,8 @@ def compare(
         found = measure(items, answers, are_sound)
         if items[0].check is not None:
             found |= measure_tests(_outcomes(items, [answer.text for answer in answers]))
+        if items[0].kind == "silent":
+            found |= measure_silence(items, answers)
         if "canvas" in exact and name != "canvas":
             pairs = list(zip(exact[name], exact["canvas"], strict=True))
             found["only_it_exact"] = pairs.count((True, False))
@@ -277,6 +279,7 @@ _COLUMNS = (
     _Column("pass_at_1", "pass@1"),
     _Column("exact_match", "exact"),
     _Column("exact_match_95", "95 %", 14),
+    _Column("noise", "noise"),
     _Column("edit_similarity", "similar"),
     _Column("parse_rate", "parses"),
     _Column("abstained", "abstains"),

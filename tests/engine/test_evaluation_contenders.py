@@ -10,7 +10,7 @@ from infilld.engine.errors import GapTooLong, UnknownOption
 from infilld.engine.evaluation import run
 from infilld.engine.evaluation.contenders import Answer, Canvas, Retrieval, make_contender
 from infilld.engine.evaluation.items import Check, Item
-from infilld.engine.evaluation.names import CONTENDERS
+from infilld.engine.evaluation.names import CONTENDERS, SWITCHES
 from infilld.engine.evaluation.ngram import NGram
 from infilld.engine.evaluation.run import EvaluationOptions, compare, format_evaluation
 from infilld.engine.evaluation.sandbox import Outcome
@@ -77,6 +77,14 @@ def test_the_oracle_tells_the_number_of_tokens() -> None:
     assert (engine.requests[0].min_tokens, engine.requests[0].max_tokens) == (7, 7)
 
 
+def test_the_oracle_has_nothing_to_tell_where_nothing_is_missing() -> None:
+    engine = FakeEngine("", "empty")
+    answer = Canvas("oracle_length", engine, seed=5, knows_length=True).answer(
+        replace(ITEM, kind="silent", missing="")
+    )
+    assert (answer.text, engine.requests[0].max_tokens) == (None, None)
+
+
 def test_a_gap_that_fits_no_canvas_is_an_abstention() -> None:
     contender = make_contender("oracle_length", tiny_infiller(), 0)
     answer = contender.answer(replace(ITEM, missing="x" * 500))
@@ -88,15 +96,11 @@ def test_each_contender_has_the_method_of_its_name() -> None:
     made = {name: make_contender(name, engine, 0) for name in CONTENDERS}
     assert [contender.name for contender in made.values()] == list(CONTENDERS)
     methods = {name: c.engine.method for name, c in made.items() if isinstance(c, Canvas)}
-    plain = FillMethod()
-    assert methods == {
-        "canvas": plain,
-        "all_shown": replace(plain, holds_back=False),
-        "no_found_drafts": replace(plain, found_drafts=0),
-        "causal_draft": replace(plain, causal_draft=True),
-        "suffix_in_prompt": replace(plain, pins_suffix=False),
-        "oracle_length": plain,
-    }
+    assert methods == {name: FillMethod(**switch.changes) for name, switch in SWITCHES.items()}
+    assert methods["canvas"] == FillMethod()
+    # Every other switch changes something.
+    plain = [name for name, method in methods.items() if method == FillMethod()]
+    assert plain == ["canvas", "oracle_length"]
     assert len({id(c.engine) for c in made.values() if isinstance(c, Canvas)}) == len(methods)
     oracle = made["oracle_length"]
     assert isinstance(oracle, Canvas)
@@ -170,6 +174,7 @@ class TestLimits:
             ("rest_of_line", "abc", Limit(1, 64)),
             ("line", "abc", Limit(1, 64)),
             ("lines", "a\nb\nc", Limit(3, 192)),
+            ("silent", "", Limit(1, 64)),
             ("span", "a\nbc", Limit(None, 4)),
             ("benchmark", "a\nbc", Limit(None, 4)),
         ],
@@ -264,7 +269,7 @@ def test_kinds_and_contenders_keep_the_order_of_the_report() -> None:
     options = EvaluationOptions(kinds=("span", "line"), contenders=("n_gram", "canvas"))
     assert options.chosen_kinds() == ["line", "span"]
     assert options.chosen_contenders() == ["canvas", "n_gram"]
-    assert EvaluationOptions().chosen_kinds() == ["rest_of_line", "line", "lines", "span"]
+    assert EvaluationOptions().chosen_kinds() == ["rest_of_line", "line", "lines", "span", "silent"]
 
 
 def test_tables_show_shares_in_percent() -> None:

@@ -10,10 +10,10 @@ from infilld.engine.errors import RequestError
 from infilld.engine.evaluation.benchmark import humaneval_items
 from infilld.engine.evaluation.held_out import files_below, held_out_files
 from infilld.engine.evaluation.items import Check, Item, cut_items
-from infilld.engine.evaluation.names import KINDS
+from infilld.engine.evaluation.measures import place_of
+from infilld.engine.evaluation.names import CUT_KINDS
 from infilld.engine.training.corpus import HELD_OUT, SourceFile
 
-CUT = [kind for kind in KINDS if kind != "benchmark"]
 TEXT = "".join(
     f"def total_{n}(items):\n    price = {n}\n\n    # sum of all\n    return sum(items)\n\n\n"
     for n in range(9)
@@ -29,7 +29,7 @@ ROW = {
 }
 
 
-@pytest.mark.parametrize("kind", CUT)
+@pytest.mark.parametrize("kind", CUT_KINDS)
 class TestCutItems:
     def test_the_seed_alone_decides(self, kind: str) -> None:
         assert cut_items(FILES, kind, 20, 3) == cut_items(FILES, kind, 20, 3)
@@ -41,7 +41,7 @@ class TestCutItems:
         for item in cut_items(FILES, kind, 50, 0):
             assert item.kind == kind
             assert item.filled(item.missing) == by_path[item.source]
-            assert item.missing.strip()
+            assert bool(item.missing.strip()) is (kind != "silent")
 
     def test_files_without_a_place_are_refused(self, kind: str) -> None:
         with pytest.raises(RequestError, match=f"0 gaps of kind {kind} in 1 files, 2 are wanted"):
@@ -88,6 +88,31 @@ def test_spans_may_cut_words() -> None:
     assert min(sizes) >= 1
     assert max(sizes) == 40
     assert any(item.before[-1:].isalpha() and item.missing[0].isalpha() for item in found)
+
+
+def test_silent_places_are_complete() -> None:
+    text = (
+        "def f(a, b):\n    x = g(\n        a,\n\n        b)\n\n    y = [x, h()]\n"
+        "    return y\n\n\n# the end\nz = f(1, 2)\n\n"
+    )
+    found = {
+        (place_of(item), item.before[-2:], item.after[:1])
+        for item in cut_items([SourceFile("p", "p/a.py", text)], "silent", 400, 0)
+    }
+    assert found == {
+        *(("line_end", before, "\n") for before in ("):", "b)", ")]", " y")),
+        # Not the blank line within brackets, nor the last one of the file.
+        *(("blank_line", before, "\n") for before in (")\n", "y\n", "\n\n")),
+        # Not between brackets that hold nothing.
+        *(("before_code", "(a", ","), ("before_code", " b", ")"), ("before_code", "b)", ":")),
+        *(("before_code", " a", ","), ("before_code", "[x", ","), ("before_code", "()", "]")),
+        *(("before_code", "(1", ","), ("before_code", " 2", ")")),
+    }
+
+
+def test_what_is_not_python_has_no_silent_place() -> None:
+    with pytest.raises(RequestError, match="0 gaps of kind silent"):
+        cut_items([SourceFile("p", "p/a.py", "f(((\n" * 9)], "silent", 1, 0)
 
 
 def test_held_out_packages_are_those_of_the_corpus() -> None:

@@ -7,7 +7,9 @@ from infilld.engine.evaluation.items import Item
 from infilld.engine.evaluation.measures import (
     is_exact,
     measure,
+    measure_silence,
     measure_tests,
+    noise_of,
     similarity,
     wilson,
 )
@@ -101,3 +103,44 @@ def test_an_abstention_passes_no_test() -> None:
         "pass_at_1_95": wilson(1, 4),
         "tests": {"passed": 1, "failed": 1, "abstained": 1, "timed out": 1},
     }
+
+
+BLANK, INNER = Item("silent", "f()\n", "", "\nx = 1\n", ""), Item("silent", "f(a", "", ")\n", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "exact"), [(None, True), ("", True), ("  \n", True), ("x", False), (" ,", False)]
+)
+def test_where_nothing_is_missing_nothing_is_exact(text: str | None, exact: bool) -> None:
+    assert is_exact(INNER, Answer(text, "ok")) is exact
+
+
+def test_silence_is_no_precision() -> None:
+    found = measure([INNER, INNER], [Answer(None, "empty"), Answer("b", "ok")], [False, False])
+    assert (found["exact_match"], found["abstained"]) == (0.5, 0.5)
+    assert (found["precision"], found["precision_95"]) == (None, None)
+
+
+def test_noise_is_told_by_place_and_by_what_was_shown() -> None:
+    items = [INNER, INNER, BLANK, Item("silent", "f()", "", "\nx\n", "")]
+    answers = [Answer(", b", "ok"), Answer(")", "ok"), Answer(None, "empty"), Answer("", "ok")]
+    assert measure_silence(items, answers) == {
+        "silent": 0.5,
+        "silent_95": wilson(2, 4),
+        "noise": 0.5,
+        "noise_at": {"before_code": 1.0, "blank_line": 0.0, "line_end": 0.0},
+        "noise_shown": {"word": 1, "repeats_suffix": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = 1", "repeats_suffix"),
+        ("y = 1\nz = 2", "lines"),
+        ("y = 1", "word"),
+        (" # ..", "punctuation"),
+    ],
+)
+def test_noise(text: str, expected: str) -> None:
+    assert noise_of(BLANK, text) == expected
