@@ -1,7 +1,6 @@
 """Requests and answers of the wire as records of the engine, and back."""
 
-from infilld.engine.errors import Unsupported
-from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult, Span
+from infilld.engine.request import CanvasUpdate, Context, InfillRequest, InfillResult, Pin, Span
 from infilld.server import wire
 
 
@@ -9,10 +8,8 @@ def to_engine(asked: wire.InfillRequest) -> InfillRequest:
     """The engine's record of a request.
 
     Raises:
-        RequestError: a span, a bound or a text no model could serve.
-        Unsupported: a part of the request that this version does not serve.
+        RequestError: a span, a pin, a bound or a text no model could serve.
     """
-    _refuse_unserved(asked)
     return InfillRequest(
         text=asked.text,
         spans=tuple(Span(span.start, span.end) for span in asked.spans),
@@ -20,22 +17,22 @@ def to_engine(asked: wire.InfillRequest) -> InfillRequest:
         path=asked.path,
         language=asked.language,
         instruction=asked.instruction,
+        context=tuple(Context(item.path, item.text, item.kind) for item in asked.context or ()),
+        pins=tuple(Pin(pin.span, pin.at, pin.text) for pin in asked.pins or ()),
+        drafts=tuple(asked.draft or ()),
+        repair=None
+        if asked.repair is None
+        else tuple(Span(each.start, each.end) for each in asked.repair),
         alternatives=asked.n,
         min_tokens=asked.min_tokens,
         max_tokens=asked.max_tokens,
+        boldness=asked.boldness,
         deadline_ms=asked.deadline_ms,
         seed=asked.seed,
+        think=asked.think,
         warm=asked.warm,
+        background=asked.background,
     )
-
-
-def _refuse_unserved(asked: wire.InfillRequest) -> None:
-    # Refused rather than ignored: a pin that does not hold is worse than none.
-    for name in ("context", "pins", "draft", "think"):
-        if getattr(asked, name):
-            raise Unsupported(
-                f"{name} is not served by this version", remedy=f"Send the request without {name}."
-            )
 
 
 def to_reply(result: InfillResult, model: str) -> wire.InfillReply:

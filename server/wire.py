@@ -25,6 +25,9 @@ Text = Annotated[str, AfterValidator(_refuse_lone_surrogates)]
 MAX_DEADLINE_MS = 3_600_000
 MAX_SEED = 2**63 - 1
 MAX_TOKENS = 1_000_000
+# Each is looked at for each span, or counted in the prompt: far more than anybody has use for.
+MAX_CONTEXT_ITEMS = 256
+MAX_REPAIRS = 256
 
 # JSON's own types only: neither "3" nor 3.0 nor true is a count.
 Count = Annotated[int, Field(strict=True)]
@@ -33,6 +36,7 @@ Deadline = Annotated[int, Field(strict=True, ge=1, le=MAX_DEADLINE_MS)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)]
 TokenCount = Annotated[int, Field(strict=True, ge=0, le=MAX_TOKENS)]
 Flag = Annotated[bool, Field(strict=True)]
+Boldness = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 
 
 class _Request(BaseModel):
@@ -67,7 +71,11 @@ class Pin(_Request):
 
 
 class InfillRequest(_Request):
-    """Body of `POST /v1/infill`."""
+    """Body of `POST /v1/infill`.
+
+    `repair` marks suspected text within the spans, whose other text is kept: null asks for no
+    repair, an empty list lets the model find what is suspicious.
+    """
 
     text: Text
     spans: list[Span]
@@ -75,17 +83,20 @@ class InfillRequest(_Request):
     path: Text | None = None
     language: Text | None = None
     instruction: Text | None = None
-    context: list[ContextItem] | None = None
+    context: Annotated[list[ContextItem], Field(max_length=MAX_CONTEXT_ITEMS)] | None = None
     pins: list[Pin] | None = None
     draft: list[Text | None] | None = None
+    repair: Annotated[list[Span], Field(max_length=MAX_REPAIRS)] | None = None
     n: Count = 1
     min_tokens: TokenCount | None = None
     max_tokens: TokenCount | None = None
+    boldness: Boldness | None = None
     deadline_ms: Deadline | None = None
     seed: Seed | None = None
     stream: Flag = False
     think: Flag = False
     warm: Flag = False
+    background: Flag = False
 
     def to_json(self) -> bytes:
         """The body as bytes, without the keys that hold their default."""

@@ -13,11 +13,15 @@ from fake_worker import FakeWorker, Script
 from live_server import LiveServer, live_server
 
 from infilld.engine import errors
+from infilld.engine.request import Context, Pin, Span
 from infilld.server import app, health, wire
 from infilld.server.client import ServerProblem
 
 TEXT = "def f():\n    \n"
 BODY: dict[str, Any] = {"text": TEXT, "spans": [{"start": 13, "end": 13}]}
+EDGE = {"start": 0, "end": 0}
+SELECTED = {"spans": [{"start": 0, "end": 8}]}
+IN_LINE_END, MANY = "span_out_of_range", "bad_request"
 
 
 def post(server: LiveServer, body: object, path: str = "/v1/infill") -> httpx.Response:
@@ -73,13 +77,67 @@ def test_every_field_reaches_the_engine(server: LiveServer) -> None:
         "max_tokens": 9,
         "deadline_ms": 500,
         "seed": 5,
+        "boldness": 0.25,
+        "think": True,
         "warm": True,
+        "background": True,
     }
     assert post(server, BODY | sent).status_code == 200
     got = server.worker.jobs[0].request
     assert got.alternatives == sent.pop("n")
     assert {name: getattr(got, name) for name in sent} == sent
     assert got.text == TEXT
+
+
+def test_what_belongs_to_spans_reaches_the_engine(server: LiveServer) -> None:
+    sent = {
+        "spans": [{"start": 9, "end": 13}, {"start": 4, "end": 5}],
+        "context": [{"path": "b.py", "text": "B\n", "kind": "definition"}],
+        "pins": [
+            {"span": 1, "at": "start", "text": "g"},
+            {"span": 1, "at": "end", "text": "h"},
+        ],
+        "draft": [None, "gh"],
+        "repair": [{"start": 10, "end": 12}],
+    }
+    assert post(server, BODY | sent).status_code == 200
+    got = server.worker.jobs[0].request
+    assert got.spans == (Span(9, 13), Span(4, 5))
+    assert got.context == (Context("b.py", "B\n", "definition"),)
+    assert got.pins == (Pin(1, "start", "g"), Pin(1, "end", "h"))
+    assert got.drafts == (None, "gh")
+    assert got.repair == (Span(10, 12),)
+
+
+@pytest.mark.parametrize("sent", [{}, {"repair": None}])
+def test_no_repair_is_asked_for_by_default(server: LiveServer, sent: dict[str, object]) -> None:
+    assert post(server, BODY | sent).status_code == 200
+    assert server.worker.jobs[0].request.repair is None
+
+
+def test_an_empty_list_of_repairs_lets_the_model_find_them(server: LiveServer) -> None:
+    sent = {"spans": [{"start": 0, "end": 8}], "repair": []}
+    assert post(server, BODY | sent).status_code == 200
+    assert server.worker.jobs[0].request.repair == ()
+    with server.client() as client:
+        client.infill(asked(**sent))
+    assert server.worker.jobs[1].request.repair == ()
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_several_spans_answer_in_the_order_asked(server: LiveServer, is_streamed: bool) -> None:
+    server.worker.script = Script(texts=[["late", "early"]], drafts=[["lxte", "early"]])
+    spans = [{"start": 9, "end": 13}, {"start": 0, "end": 0}]
+    with server.client() as client:
+        request = asked(spans=spans)
+        events = list(client.stream(request)) if is_streamed else [client.infill(request)]
+    *canvases, reply = events
+    assert isinstance(reply, wire.InfillReply)
+    got = [(span.start, span.end, span.text) for span in reply.choices[0].spans]
+    assert got == [(9, 13, "late"), (0, 0, "early")]
+    for event in canvases:
+        assert isinstance(event, wire.CanvasEvent)
+        assert [(span.text, span.settled) for span in event.spans] == [("lxte", 1), ("early", 5)]
 
 
 def test_silence_is_a_result_with_a_reason(server: LiveServer) -> None:
@@ -117,11 +175,29 @@ def test_silence_is_a_result_with_a_reason(server: LiveServer) -> None:
         (BODY | {"spans": [{"start": 0, "end": 2}, {"start": 1, "end": 3}]}, "spans_overlap"),
         (BODY | {"text": "\ud800" * 20}, "bad_text"),
         (BODY | {"instruction": "\udc00"}, "bad_text"),
-        (BODY | {"pins": [{"span": 0, "at": "start", "text": "a"}]}, "unsupported"),
+        (BODY | {"spans": [{"start": 14, "end": 14}], "text": "def f():\n    \r\n"}, IN_LINE_END),
+        (BODY | {"pins": [{"span": 1, "at": "start", "text": "a"}]}, "unknown_option"),
+        (BODY | {"pins": [{"span": 0, "at": "end", "text": "a"}] * 2}, "unknown_option"),
+        (BODY | {"pins": [{"span": 0, "at": "end", "text": "\ud800"}]}, "bad_text"),
         (BODY | {"pins": [{"span": 0, "at": "middle", "text": "a"}]}, "bad_request"),
-        (BODY | {"draft": ["a"]}, "unsupported"),
-        (BODY | {"context": [{"path": "b", "text": "c", "kind": "open"}]}, "unsupported"),
-        (BODY | {"think": True}, "unsupported"),
+        (BODY | {"draft": ["a", None]}, "unknown_option"),
+        (BODY | {"draft": ["\udfff"]}, "bad_text"),
+        (BODY | {"context": [{"path": "b", "text": "c", "kind": "closed"}]}, "bad_request"),
+        (BODY | {"context": [{"path": "b", "text": "\ud800", "kind": "open"}]}, "bad_text"),
+        (BODY | {"context": [{"path": "b", "text": "c"}]}, "bad_request"),
+        (BODY | {"context": [{"path": "", "text": "", "kind": "open"}] * 257}, "bad_request"),
+        (BODY | {"repair": []}, "unknown_option"),
+        (BODY | SELECTED | {"repair": [{"start": 1, "end": 1}]}, "span_out_of_range"),
+        (BODY | SELECTED | {"repair": [{"start": 1, "end": 9}]}, "span_out_of_range"),
+        (BODY | SELECTED | {"repair": [{"start": 1, "end": 2}] * 257}, "bad_request"),
+        (BODY | {"boldness": 1.1}, "unknown_option"),
+        (BODY | {"boldness": -0.1}, "unknown_option"),
+        (BODY | {"boldness": "0.5"}, "bad_request"),
+        (BODY | {"boldness": True}, "bad_request"),
+        (BODY | {"boldness": float("nan")}, "bad_request"),
+        (BODY | {"think": 1}, "bad_request"),
+        (BODY | {"background": "no"}, "bad_request"),
+        (BODY | {"spans": [{"start": i, "end": i} for i in range(65)], "text": "x" * 65}, MANY),
     ],
 )
 @pytest.mark.parametrize("is_streamed", [False, True])
@@ -175,9 +251,44 @@ def test_an_unknown_key_is_named(shared: LiveServer) -> None:
     assert "spans.0.ned" in got["message"]
 
 
-def test_unserved_parts_that_ask_for_nothing_are_fine(server: LiveServer) -> None:
+def test_parts_that_ask_for_nothing_are_fine(server: LiveServer) -> None:
     empty: dict[str, object] = {"pins": [], "context": None, "draft": [], "think": False}
-    assert post(server, BODY | empty).status_code == 200
+    assert post(server, BODY | empty | {"boldness": None}).status_code == 200
+    got = server.worker.jobs[0].request
+    assert (got.pins, got.context, got.drafts, got.think) == ((), (), (), False)
+
+
+@pytest.mark.parametrize("number", [0, 1, 0.0, 0.5, 1.0])
+def test_boldness_is_any_number_from_0_to_1(server: LiveServer, number: float) -> None:
+    assert post(server, BODY | {"boldness": number}).status_code == 200
+    assert server.worker.jobs[0].request.boldness == number
+
+
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "an empty document": {"text": "", "spans": [{"start": 0, "end": 0}]},
+    "the whole document": {"text": TEXT, "spans": [{"start": 0, "end": len(TEXT)}]},
+    "both edges": {"text": TEXT, "spans": [{"start": len(TEXT), "end": len(TEXT)}, EDGE]},
+    "spans side by side": {"spans": [{"start": 0, "end": 3}, {"start": 3, "end": 8}]},
+    "NUL characters": {"text": "a\0b\0", "spans": [{"start": 1, "end": 2}]},
+    "tabs and blanks": {"text": "\tif a:\n        b\n\t    c", "spans": [{"start": 8, "end": 8}]},
+    "half a grapheme": {"text": "e\u0301", "spans": [{"start": 1, "end": 1}]},
+    "an unknown language": {"language": "kling\u00f6nisch"},
+    "20,000 lines": {"text": "x = 1\n" * 20_000, "spans": [{"start": 119_994, "end": 119_999}]},
+    "a long instruction": {"instruction": '\U0001f600 "\\\n' * 1_700},
+    "1 ms": {"deadline_ms": 1},
+}
+
+
+@pytest.mark.parametrize("unusual", UNUSUAL.values(), ids=UNUSUAL)
+def test_what_is_unusual_reaches_the_engine_as_it_is(
+    server: LiveServer, unusual: dict[str, Any]
+) -> None:
+    assert post(server, BODY | unusual).status_code == 200
+    got = server.worker.jobs[0].request
+    sent = dict(unusual)
+    spans = [Span(**span) for span in sent.pop("spans", BODY["spans"])]
+    assert list(got.spans) == spans
+    assert {name: getattr(got, name) for name in sent} == sent
 
 
 @pytest.mark.parametrize(
@@ -195,7 +306,8 @@ def test_unknown_routes_answer_in_our_shape(
 def test_the_open_api_page_knows_the_request(shared: LiveServer) -> None:
     headers = {"Authorization": f"Bearer {shared.token}"}
     got = httpx.get(shared.url + "/openapi.json", headers=headers).json()
-    assert "InfillRequest" in got["components"]["schemas"]
+    keys = set(got["components"]["schemas"]["InfillRequest"]["properties"])
+    assert {"context", "pins", "draft", "repair", "boldness", "think", "background"} <= keys
     assert httpx.get(shared.url + "/docs", headers=headers).status_code == 404
 
 

@@ -32,15 +32,16 @@ class Script:
     """What a job does.
 
     Attributes:
-        texts: the best first; every span gets the same text. Empty: no suggestion.
+        texts: the best first; every span gets the same text, or each its own where they are
+            several in a list. Empty: no suggestion.
         drafts: the canvases shown before, whole text each; settled is what the next one shares.
         reason, why: of the result.
         error: raised instead of a result.
         pass_s: seconds before each canvas.
     """
 
-    texts: Sequence[str] = ("return 1",)
-    drafts: Sequence[str] = ("rxturn q", "return q")
+    texts: Sequence[str | list[str]] = ("return 1",)
+    drafts: Sequence[str | list[str]] = ("rxturn q", "return q")
     reason: Reason = "ok"
     why: str = ""
     error: InfilldError | None = None
@@ -179,12 +180,19 @@ class FakeWorker:
         return False
 
 
-def _update(job: FakeJob, seq: int, draft: str) -> CanvasUpdate:
+def _for_span(texts: str | list[str], number: int) -> str:
+    return texts if isinstance(texts, str) else texts[number]
+
+
+def _update(job: FakeJob, seq: int, draft: str | list[str]) -> CanvasUpdate:
     after = [*job.script.drafts, *job.script.texts[:1]][seq + 1 :]
-    pairs = zip(draft, after[0] if after else draft, strict=False)
-    settled = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    spans = tuple(DraftSpan(draft, settled) for _ in job.request.spans)
-    return CanvasUpdate(seq=seq, canvas=0, passes=seq + 1, spans=spans)
+    spans = []
+    for number in range(len(job.request.spans)):
+        text = _for_span(draft, number)
+        pairs = zip(text, _for_span(after[0], number) if after else text, strict=False)
+        settled = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        spans.append(DraftSpan(text, settled))
+    return CanvasUpdate(seq=seq, canvas=0, passes=seq + 1, spans=tuple(spans))
 
 
 def _result(job: FakeJob) -> InfillResult:
@@ -195,7 +203,11 @@ def _result(job: FakeJob) -> InfillResult:
         seed=7 if asked.seed is None else asked.seed,
         alternatives=tuple(
             Alternative(
-                tuple(SpanFill(span.start, span.end, text, 0.9) for span in asked.spans), -0.1 - i
+                tuple(
+                    SpanFill(span.start, span.end, _for_span(text, number), 0.9)
+                    for number, span in enumerate(asked.spans)
+                ),
+                -0.1 - i,
             )
             for i, text in enumerate(texts)
         ),
