@@ -1,12 +1,12 @@
-"""Files that the starter model never saw: those of the packages held out by name."""
+"""Files that the starter model never saw: those of the packages kept from it by name."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from infilld.engine.errors import RequestError
-from infilld.engine.training.corpus import HELD_OUT, SourceFile, collect_folders
+from infilld.engine.training.corpus import CALIBRATION, HELD_OUT, SourceFile, collect_folders
 
 
 def held_out_files() -> list[SourceFile]:
@@ -18,13 +18,26 @@ def held_out_files() -> list[SourceFile]:
     Raises:
         RequestError: none of them is installed.
     """
+    return _files_of(HELD_OUT, "held-out packages")
+
+
+def calibration_files() -> list[SourceFile]:
+    """Files of the packages kept for calibration, which the standard library has.
+
+    Raises:
+        RequestError: none of them is installed.
+    """
+    return _files_of(CALIBRATION, "packages kept for calibration")
+
+
+def _files_of(packages: Collection[str], what: str) -> list[SourceFile]:
     # A leading underscore marks the inner part of a package of that name, as in `_pytest`.
-    names = [name for held in sorted(HELD_OUT) for name in (held, f"_{held}")]
+    names = [name for package in sorted(packages) for name in (package, f"_{package}")]
     specs = [spec for name in names if (spec := find_spec(name)) is not None]
     folders = [Path(path) for spec in specs for path in spec.submodule_search_locations or ()]
     if not folders:
         raise RequestError(
-            f"none of the held-out packages is installed: {', '.join(sorted(HELD_OUT))}",
+            f"none of the {what} is installed: {', '.join(sorted(packages))}",
             remedy="Name folders of Python source that the model was not trained on.",
         )
     return files_below(folders)

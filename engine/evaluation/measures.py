@@ -130,9 +130,14 @@ def is_exact(item: Item, answer: Answer) -> bool:
 
     Where nothing was missing, no answer is as right as an empty one.
     """
-    if not item.missing:
-        return not (answer.text or "").strip()
-    return answer.text is not None and answer.text.rstrip() == item.missing.rstrip()
+    if answer.text is None:
+        return not item.missing
+    return is_exact_text(item, answer.text)
+
+
+def is_exact_text(item: Item, text: str) -> bool:
+    """Whether a text is what was missing, but for blanks at its end."""
+    return text.rstrip() == item.missing.rstrip()
 
 
 def similarity(text: str, missing: str) -> float:
