@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, (Problem, ServerProblem, InfilldError)):
             raise
         sys.stderr.write(f"infilld: {error}\n" + (f"  {error.remedy}\n" if error.remedy else ""))
-        return BAD_USAGE if isinstance(error, (PositionProblem, SettingsProblem)) else FAILED
+        is_usage = isinstance(error, (fill.UsageProblem, PositionProblem, SettingsProblem))
+        return BAD_USAGE if is_usage else FAILED
     return code
 
 
@@ -59,7 +60,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         _add_settings(made)
         return made
 
-    fill.add_flags(verb("fill", fill.run, "fill a gap, or rewrite a selection"))
+    fill.add_flags(verb("fill", fill.run, "fill gaps, rewrite or repair selections"))
     verb("serve", _serve, "run the daemon in the foreground")
     verb("stop", _stop, "stop the daemon")
     _add_json(verb("status", _status, "say whether the daemon runs"))

@@ -1,6 +1,7 @@
-"""A document on disk: read, addressed by line and column, changed in one span and nowhere else."""
+"""A document on disk: read, addressed by line and column, changed in spans and nowhere else."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class PositionProblem(DocumentProblem):
 
 @dataclass(frozen=True)
 class Window:
-    """A part of a document around a span; offsets count in `text`, `at` is where it begins."""
+    """A part of a document around a range; offsets count in `text`, `at` is where it begins."""
 
     text: str
     at: int
@@ -49,7 +50,7 @@ class Document:
         """Read a UTF-8 document.
 
         Raises:
-            DocumentProblem: it cannot be read, or is not UTF-8.
+            DocumentProblem: it cannot be read, is not UTF-8, or is no text.
         """
         try:
             raw = path.read_bytes()
@@ -63,6 +64,11 @@ class Document:
                 f"{path} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}",
                 remedy="Convert it first; nothing was changed.",
             ) from None
+        if (at := raw.find(0)) >= 0:
+            raise DocumentProblem(
+                f"{path} is no text: byte {at} is NUL",
+                remedy="Give a text file; nothing was changed.",
+            )
         return cls(path, raw, text.removeprefix(_BOM), text.startswith(_BOM))
 
     def offset(self, line: int, column: int) -> int:
@@ -91,7 +97,7 @@ class Document:
     def window(
         self, start: int, end: int, *, before: int = BEFORE_CHARS, after: int = AFTER_CHARS
     ) -> Window:
-        """The text around `[start, end)`: at most so many code points on each side.
+        """`[start, end)` and the text around it: at most so many code points on each side.
 
         A side that is cut is cut at a line, unless that would give up more than half of the side:
         a document that seems to end at the span is worse than a line that is cut.
@@ -103,14 +109,24 @@ class Document:
         if to < len(self.text):
             least = max(end, end + after // 2 - 1)
             # A carriage return in the last place may be the first half of a line end.
-            line_end = max(self.text.rfind("\n", least, to), self.text.rfind("\r", least, to - 1))
+            line_end = max(
+                self.text.rfind("\n", least, to), self.text.rfind("\r", least, max(least, to - 1))
+            )
             to = line_end + 1 if line_end >= 0 else to
         return Window(self.text[at:to], at, start - at, end - at)
 
-    def replaced(self, start: int, end: int, text: str) -> bytes:
-        """The bytes of the document with `[start, end)` replaced."""
-        whole = self.text[:start] + text + self.text[end:]
-        return ((_BOM if self.has_bom else "") + whole).encode("utf-8")
+    def replaced(self, changes: Iterable[tuple[int, int, str]]) -> bytes:
+        """The bytes of the document with each `[start, end)` replaced by a text.
+
+        The ranges do not overlap; their order is of no matter.
+        """
+        parts, at = [_BOM if self.has_bom else ""], 0
+        # An empty range at the start of another goes first.
+        for start, end, text in sorted(changes, key=lambda change: change[:2]):
+            assert at <= start <= end <= len(self.text), "the ranges overlap"
+            parts += [self.text[at:start], text]
+            at = end
+        return "".join([*parts, self.text[at:]]).encode("utf-8")
 
     def write(self, data: bytes) -> None:
         """Put other bytes in the document's place, in one step; its mode stays.

@@ -39,6 +39,21 @@ def above_zero(high: float) -> Callable[[str], float]:
     return read
 
 
+def share() -> Callable[[str], float]:
+    """A reader of numbers from 0 to 1, both included."""
+
+    def read(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number <= 1:  # refuses nan too
+            raise argparse.ArgumentTypeError(f"{_shown(text)}: expected a number from 0 to 1")
+        return number
+
+    return read
+
+
 def some_of(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
     """A reader of names out of `known`, with commas between them."""
 

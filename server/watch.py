@@ -13,6 +13,7 @@ def watch(stream: Stream) -> wire.InfillReply:
     """Show every canvas on stderr and return the reply.
 
     A terminal shows one canvas that changes in place; anything else gets one line a canvas.
+    Several spans stand one after another.
     """
     return _live(stream) if sys.stderr.isatty() else _lines(stream)
 
@@ -43,7 +44,10 @@ def _live(stream: Stream) -> wire.InfillReply:
             if isinstance(event, wire.InfillReply):
                 return event
             shown = Text()
-            for span in event.spans:
+            for number, span in enumerate(event.spans, start=1):
+                if len(event.spans) > 1:
+                    head = "" if number == 1 else "\n"
+                    shown.append(f"{head}span {number} of {len(event.spans)}\n", style="cyan")
                 clean = harmless(span.text)
                 shown.append(clean[: span.settled]).append(clean[span.settled :], style="dim")
             shown.append(f"\npass {event.passes}", style="cyan")

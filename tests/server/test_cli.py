@@ -9,7 +9,8 @@ import pytest
 from fake_worker import Script
 from live_server import LiveServer, live_server
 
-from infilld.server import cli, models
+from infilld.server import cli, models, wire
+from infilld.server.client import Client
 
 
 @pytest.fixture
@@ -82,6 +83,195 @@ def test_no_suggestion_is_exit_3_with_the_reason_on_stderr(
     assert out == ""
     assert "(empty): The model wrote no text." in err
     assert path.read_text() == "def f():\n    \n"
+
+
+SPANS = ["--at", "1:5", "--to", "1:6", "--at", "2:5", "--at", "1:1-1:4"]
+
+
+def test_fill_takes_several_spans(
+    server: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.worker.script = Script(texts=[["g", "pass", "async def"]])
+    assert run(server, "fill", path, *SPANS, "--write") == 0
+    assert path.read_text() == "async def g():\n    pass\n"
+    spans = server.worker.jobs[0].request.spans
+    assert [(span.start, span.end) for span in spans] == [(4, 5), (13, 13), (0, 3)]
+    assert capfd.readouterr().out == (
+        "--- span 1 of 3\ng\n--- span 2 of 3\npass\n--- span 3 of 3\nasync def\n"
+    )
+
+
+def test_several_answers_for_several_spans(
+    server: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.worker.script = Script(texts=[["a", "b"], ["c", "d"]])
+    assert run(server, "fill", path, "--at", "1:1", "--at", "2:5", "-n", 2) == 0
+    heads = ["--- 1 of 2, span 1 of 2", "--- 1 of 2, span 2 of 2", "--- 2 of 2, span 1 of 2"]
+    out = capfd.readouterr().out.splitlines()
+    assert out[:6:2] == heads
+    assert out[1::2] == ["a", "b", "c", "d"]
+
+
+def test_watch_shows_several_spans_one_after_another(
+    server: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.worker.script = Script(texts=[["ab", "cd"]], drafts=[["ax", "cd"]])
+    assert run(server, "fill", path, "--at", "1:1", "--at", "2:5", "--watch") == 0
+    assert capfd.readouterr().err.splitlines() == ["pass 1, settled 1,2: 'ax' | 'cd'"]
+
+
+def test_spans_far_apart_are_sent_with_all_between(
+    server: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path.write_text("x = 1\n" * 40_000)
+    places = ["--at", "15000:1", "--at", "35000:6"]
+    assert run(server, "fill", path, *places, "--json") == 0
+    reply = json.loads(capfd.readouterr().out)
+    found = [span["start"] for span in reply["choices"][0]["spans"]]
+    assert found == [6 * 14_999, 6 * 34_999 + 5]
+    assert 120_005 <= len(server.worker.jobs[0].request.text) <= 120_005 + 64_000 + 16_000
+
+
+def test_fill_hands_on_what_is_asked(server: LiveServer, path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "b.py"
+    other.write_text("B = 1\n")
+    words = ["--instruction", "é" * 10_000, "--starts-with", "re", "--ends-with", "1"]
+    words += ["--draft", "return 2", "--context", str(other), "--think", "--boldness", "0.75"]
+    assert run(server, "fill", path, "--at", "2:5", *words) == 0
+    got = server.worker.jobs[0].request
+    assert got.instruction == "é" * 10_000
+    assert [(pin.span, pin.at, pin.text) for pin in got.pins] == [
+        (0, "start", "re"),
+        (0, "end", "1"),
+    ]
+    assert got.drafts == ("return 2",)
+    assert [(item.path, item.text, item.kind) for item in got.context] == [
+        (str(other), "B = 1\n", "open")
+    ]
+    assert (got.think, got.boldness, got.repair) == (True, 0.75, None)
+
+
+def test_pins_and_drafts_of_several_spans(server: LiveServer, path: Path) -> None:
+    words = ["--starts-with", "", "--starts-with", "b", "--ends-with", "c", "--ends-with", ""]
+    words += ["--draft", "", "--draft", "d"]
+    assert run(server, "fill", path, "--at", "1:1", "--at", "2:5", *words) == 0
+    got = server.worker.jobs[0].request
+    assert [(pin.span, pin.at, pin.text) for pin in got.pins] == [
+        (1, "start", "b"),
+        (0, "end", "c"),
+    ]
+    assert got.drafts == (None, "d")
+
+
+@pytest.mark.parametrize(
+    ("words", "repair"),
+    [
+        ([], None),
+        (["--repair"], []),
+        (["--repair", "1:2-1:3", "1:5-1:7"], [(1, 2), (4, 6)]),
+        (["--repair", "1:2-1:3", "--repair", "1:5-1:7"], [(1, 2), (4, 6)]),
+    ],
+)
+def test_repair(
+    server: LiveServer, path: Path, words: list[str], repair: list[tuple[int, int]] | None
+) -> None:
+    path.write_text("def f(:\n")
+    assert run(server, "fill", path, "--at", "1:1-1:8", *words) == 0
+    got = server.worker.jobs[0].request.repair
+    assert (None if got is None else [(span.start, span.end) for span in got]) == repair
+
+
+def test_a_repair_far_into_a_document_counts_in_the_window(server: LiveServer, path: Path) -> None:
+    path.write_text("x = 1\n" * 20_000)
+    span = ["--at", "19000:1", "--to", "19000:6"]
+    assert run(server, "fill", path, *span, "--repair", "19000:1-19000:2") == 0
+    got = server.worker.jobs[0].request
+    assert got.repair is not None
+    assert got.repair[0].start == got.spans[0].start > 0
+
+
+def test_an_answer_for_other_spans_is_not_written(
+    server: LiveServer, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Client.infill
+
+    def shifted(client: Client, request: wire.InfillRequest) -> wire.InfillReply:
+        body = real(client, request).model_dump()
+        body["choices"][0]["spans"][0]["start"] -= 1
+        return wire.InfillReply.model_validate(body)
+
+    monkeypatch.setattr(Client, "infill", shifted)
+    assert run(server, "fill", path, "--at", "2:5", "--write") == 1
+    assert path.read_text() == "def f():\n    \n"
+
+
+@pytest.mark.parametrize("content", [b"a\0b\n", b"\x7fELF\0\0"])
+def test_a_binary_file_is_exit_1(
+    shared: LiveServer, path: Path, content: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path.write_bytes(content)
+    assert run(shared, "fill", path, "--at", "1:1", "--write") == 1
+    assert "NUL" in capfd.readouterr().err
+    assert path.read_bytes() == content
+
+
+def test_secret_context_is_exit_1(
+    shared: LiveServer, path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = tmp_path / ".env"
+    secret.write_text("TOKEN=hunter2\n")
+    assert run(shared, "fill", path, "--at", "2:5", "--context", secret) == 1
+    err = capfd.readouterr().err
+    assert "looks like a secret" in err
+    assert "hunter2" not in err
+    assert shared.worker.jobs == []
+
+
+def test_a_column_within_a_line_end_is_bad_usage(
+    shared: LiveServer, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path.write_bytes(b"ab\r\ncd")
+    assert run(shared, "fill", path, "--at", "1:4") == 2
+    assert "Give a column from 1 to 3" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--to", "2:5", "--at", "2:1"], "behind the --at"),
+        (["--at", "2:1", "--to", "2:3", "--to", "2:5"], "has an end already"),
+        (["--at", "2:1-2:3", "--to", "2:5"], "has an end already"),
+        (["--at", "2:1-"], "'' is not LINE:COL"),
+        (["--at", "2:5-2:1"], "lies before"),
+        (["--at", "1:1-1:4", "--at", "1:3"], "1:1 and 1:3 overlap"),
+        (["--at", "1:1", "--at", "1:1"], "1:1 and 1:1 overlap"),
+        (["--at", "1:1", "--at", "2:5", "--starts-with", "a"], "once for each --at"),
+        (["--at", "1:1", "--at", "2:5", "--draft", "a"], "once for each --at"),
+        (["--at", "1:1", "--ends-with", "a", "--ends-with", "b"], "once for each --at"),
+        (["--at", "1:1", "--repair"], "--repair needs selected text"),
+        (["--at", "1:1-1:4", "--repair", "1:2"], "is not LINE:COL-LINE:COL"),
+        (["--at", "1:1-1:4", "--repair", "1:3-1:2"], "ends before it starts"),
+        (["--at", "1:1", "--boldness", "1.5"], "expected a number from 0 to 1"),
+        (["--at", "1:1", "--boldness", "nan"], "expected a number from 0 to 1"),
+        (["--at", "1:1", "--instruction", "\udcff"], "--instruction is not UTF-8"),
+        (["--at", "1:1", "--starts-with", "\udcff"], "--starts-with is not UTF-8"),
+        (["--at", "1:1", "--draft", "\udcff"], "--draft is not UTF-8"),
+    ],
+)
+def test_bad_usage_says_what_to_do(
+    shared: LiveServer,
+    path: Path,
+    words: list[str],
+    said: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    try:
+        code = run(shared, "fill", path, *words)
+    except SystemExit as leaving:
+        code = int(str(leaving.code))
+    assert code == 2
+    assert said in capfd.readouterr().err
+    assert shared.worker.jobs == []
 
 
 @pytest.mark.parametrize(
@@ -272,6 +462,19 @@ def test_watch_on_a_terminal_dims_what_is_not_settled(server: LiveServer, path: 
     assert "r\x1b[2mxturn q\x1b[0m" in seen
     assert "return \x1b[2mq\x1b[0m" in seen
     assert "pass 2" in seen
+
+
+def test_watch_on_a_terminal_names_several_spans(server: LiveServer, path: Path) -> None:
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-P", "-m", "infilld.server", "fill", str(path), "--at", "2:5"]
+    words += ["--at", "1:1", "--watch", "--state-dir", str(server.settings.state_dir)]
+    environ = {**os.environ, "TERM": "xterm"}
+    subprocess.run(words, stdout=subprocess.PIPE, stderr=theirs, env=environ, check=True)
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as terminal:
+        seen = terminal.read1(1 << 16).decode()
+    assert "span 1 of 2" in seen
+    assert "span 2 of 2" in seen
 
 
 def test_doctor_says_ok_or_what_to_do(

@@ -93,6 +93,19 @@ def test_a_document_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         Document.read(path)
 
 
+def test_a_binary_document_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pyc"
+    path.write_bytes(b"ab\0\0c")
+    with pytest.raises(DocumentProblem, match="byte 2 is NUL"):
+        Document.read(path)
+
+
+def test_several_ranges_are_replaced_in_any_order() -> None:
+    changes = [(4, 4, "D"), (0, 1, "A"), (1, 1, "B"), (2, 4, "")]
+    assert document("abcde").replaced(changes) == b"ABbDe"
+    assert document("abc").replaced([]) == b"abc"
+
+
 def test_a_document_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(DocumentProblem, match=r"none\.py: No such file"):
         Document.read(tmp_path / "none.py")
@@ -104,7 +117,7 @@ def test_writing_keeps_mode_and_link_and_leaves_no_draft(tmp_path: Path) -> None
     path.chmod(0o750)
     link.symlink_to(path)
     snapshot = Document.read(link)
-    snapshot.write(snapshot.replaced(1, 1, "b"))
+    snapshot.write(snapshot.replaced([(1, 1, "b")]))
     assert path.read_bytes() == b"\xef\xbb\xbfab\r\n"
     assert stat.S_IMODE(path.stat().st_mode) == 0o750
     assert link.is_symlink()

@@ -21,6 +21,7 @@ NO_COUNT = ["x", "", "1.5", "1_0", "+1", " 1", "\N{ARABIC-INDIC DIGIT THREE}", H
         ("fill a.py --at 1:1", "--deadline-ms", ["0", "-1", "3600001", *NO_COUNT]),
         ("fill a.py --at 1:1", "--seed", ["-1", str(2**63), *NO_COUNT]),
         ("fill a.py --at 1:1", "-n", ["0", "9", "-1", "x", "", HUGE]),
+        ("fill a.py --at 1:1", "--boldness", ["-0.1", "1.1", "nan", "inf", "x", "", "1e400"]),
         ("train", "--minutes", ["0", "-1", "nan", "inf", "1e400", "x", "", "600001"]),
         ("train", "--seed", ["-1", str(2**63), *NO_COUNT]),
         ("train", "--max-steps", ["0", "-1", *NO_COUNT]),

@@ -1,7 +1,8 @@
-"""Bytes outside the span are identical, whatever the document and whatever the model writes."""
+"""Bytes outside the spans are identical, whatever the document and whatever the model writes."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 from fake_worker import Script
@@ -72,6 +73,56 @@ def test_fill_write(
     assert path.read_bytes() == head + (before + new + after).encode()
     sent = live.worker.jobs[-1].request
     assert sent.text[sent.spans[0].start : sent.spans[0].end] == inside
+    live.worker.jobs.clear()
+
+
+# What is kept before a span, what the span holds, what is written there.
+Part = tuple[str, str, str]
+PARTS = st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=2, max_size=5)
+
+
+def apart(parts: list[Part]) -> list[Part]:
+    """The parts with a character between two gaps that would be at one place."""
+    made: list[Part] = []
+    for kept, inside, new in parts:
+        is_twin = bool(made) and not (kept or inside or made[-1][1])
+        made.append(("a" if is_twin else kept, inside, new))
+    return made
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.booleans(), PARTS, TEXTS, st.randoms(use_true_random=False))
+@example(True, [("", "", "\r\n"), ("\r\n", "", "b")], "", Random(0))
+@example(False, [("", "a", ""), ("", "b", "new"), ("", "\r\n", "")], "", Random(1))
+@example(False, [("x" * 70_000, "old", "1"), ("y" * 90_000, "", "2")], "z" * 20_000, Random(0))
+def test_fill_write_several(
+    live: LiveServer, path: Path, has_bom: bool, parts: list[Part], end: str, order: Random
+) -> None:
+    head = (BOM if has_bom else "").encode()
+    parts = apart(parts)
+    old = "".join(kept + inside for kept, inside, _ in parts) + end
+    if not has_bom and old.startswith(BOM):
+        parts = [("a" + parts[0][0], *parts[0][1:]), *parts[1:]]
+        old = "a" + old
+    path.write_bytes(head + old.encode())
+    places, at = [], 0
+    for kept, inside, new in parts:
+        start = at + len(kept)
+        at = start + len(inside)
+        places.append((start, at, new))
+    order.shuffle(places)
+    live.worker.script = Script(texts=[[new for _, _, new in places]], drafts=[])
+    words = []
+    for first, last, _ in places:
+        words += ["--at", place(old[:first]), "--to", place(old[:last])]
+    state = ["--state-dir", str(live.settings.state_dir)]
+    assert cli.main(["fill", str(path), *words, *state, "--write"]) == 0
+    expected = "".join(kept + new for kept, _, new in parts) + end
+    assert path.read_bytes() == head + expected.encode()
+    sent = live.worker.jobs[-1].request
+    assert [sent.text[span.start : span.end] for span in sent.spans] == [
+        old[first:last] for first, last, _ in places
+    ]
     live.worker.jobs.clear()
 
 
