@@ -2,8 +2,9 @@
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import tokenizers
@@ -13,6 +14,8 @@ from infilld.engine.errors import CheckpointMismatch, CheckpointMissing
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # SentencePiece writes a space as this sign.
 _SPACE_SIGN = "\u2581"
+# One stem is asked for with every keystroke of a word, and again by every hypothesis.
+_REMEMBERED_STEMS = 256
 
 
 class Tokenizer:
@@ -34,6 +37,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._byte_level = byte_level
+        self._remembered = lru_cache(_REMEMBERED_STEMS)(self._extending)
 
     @classmethod
     def from_folder(cls, folder: Path, model_vocab_tokens: int | None = None) -> "Tokenizer":
@@ -73,6 +77,22 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_template(self, text: str) -> list[int]:
+        """Token ids of what a chat template wrote: names of control tokens stand for them.
+
+        Text of a user does not belong in here: it could name them too.
+        """
+        if not self._controls:
+            return self.encode(text)
+        names = sorted(self._controls, key=len, reverse=True)
+        pieces = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        # Every second piece is a name; what is between two of them is encoded by itself.
+        return [
+            token
+            for number, piece in enumerate(pieces)
+            for token in ([self._controls[piece]] if number % 2 else self.encode(piece))
+        ]
+
     def control(self, name: str) -> int | None:
         """Id of a control token such as `<bos>`; None where this vocabulary has none."""
         found = self._tokenizer.token_to_id(name)
@@ -81,8 +101,12 @@ class Tokenizer:
     @cached_property
     def control_ids(self) -> frozenset[int]:
         """Ids that never stand for text."""
+        return frozenset(self._controls.values())
+
+    @cached_property
+    def _controls(self) -> dict[str, int]:
         added = self._tokenizer.get_added_tokens_decoder()
-        return frozenset(int(i) for i, token in added.items() if token.special)
+        return {token.content: int(i) for i, token in added.items() if token.special}
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """Exact bytes of the ids, control tokens left out; may end within a character."""
@@ -107,6 +131,28 @@ class Tokenizer:
         """Ids whose text contains a line end."""
         return [i for i, piece in enumerate(self._bytes) if b"\n" in piece or b"\r" in piece]
 
+    def tokens_extending(self, stem: str) -> Sequence[int]:
+        """Ids whose bytes begin with those of a stem, the stem itself included.
+
+        Control tokens have no bytes: they extend nothing, not even an empty stem.
+        """
+        return self._remembered(stem)
+
+    def _extending(self, stem: str) -> Sequence[int]:
+        spelled, ids = self._sorted
+        start = stem.encode()
+        first = bisect_left(spelled, start)
+        # No byte of UTF-8 is 0xff, so the last one has a successor: where it would stand, what
+        # begins with the stem has ended.
+        last = bisect_left(spelled, start[:-1] + bytes([start[-1] + 1])) if start else len(ids)
+        return ids[first:last]
+
+    @cached_property
+    def _sorted(self) -> tuple[list[bytes], tuple[int, ...]]:
+        """Bytes of all tokens that have some, in order, and their ids."""
+        pairs = sorted((piece, i) for i, piece in enumerate(self._bytes) if piece)
+        return [piece for piece, _ in pairs], tuple(i for _, i in pairs)
+
     @cached_property
     def _bytes(self) -> list[bytes]:
         table = [b""] * self.vocab_tokens
@@ -121,6 +167,36 @@ class Tokenizer:
         if match := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(match[1], 16)])
         return token.replace(_SPACE_SIGN, " ").encode()
+
+
+def healed(
+    prefix_ids: Sequence[int], prefix_text: str, tokenizer: Tokenizer
+) -> tuple[list[int], str]:
+    """Ids without the last token of an unfinished word, and the text that they lack by it.
+
+    The model knows a word by whole tokens: behind `ret` it would not write `urn`. Without that
+    token, and held to those that extend its text, it can write `return`. Where the prefix ends
+    otherwise, or no token alone could write the text again, nothing is dropped.
+
+    Args:
+        prefix_ids: of a prompt that ends with the prefix, or with a window of it.
+        prefix_text: the prefix.
+        tokenizer: theirs.
+    """
+    kept = list(prefix_ids)
+    if not (prefix_text[-1:].isalnum() or prefix_text.endswith("_")):
+        return kept, ""
+    stem = b""
+    while kept and kept[-1] not in tokenizer.control_ids:
+        stem = tokenizer.decode([kept.pop()]) + stem
+        try:
+            text = stem.decode()
+        except UnicodeDecodeError:  # it begins within a character
+            continue
+        if prefix_text.endswith(text) and tokenizer.tokens_extending(text):
+            return kept, text
+        break
+    return list(prefix_ids), ""
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -1,21 +1,23 @@
 """Every byte comes back, for both kinds of vocabulary."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_infill import byte_tokenizer
+from tiny_tokenizers import fim_tokenizer
 from tokenizers import decoders, normalizers
 from tokenizers.models import BPE
 
 from infilld.engine.errors import CheckpointMismatch, CheckpointMissing
 from infilld.engine.prompt import Controls
-from infilld.engine.tokenizer import Tokenizer
+from infilld.engine.tokenizer import Tokenizer, healed
 
-TOKENIZER = byte_tokenizer()
+TOKENIZER = fim_tokenizer()
+WORDS = fim_tokenizer(words=("return", "retry", " self", "größe"))
 
 
 @given(st.text())
@@ -53,7 +55,7 @@ def test_byte_fallback_vocabulary(tmp_path: Path) -> None:
 
 def test_some_controls_but_not_all_is_a_broken_checkpoint() -> None:
     with pytest.raises(CheckpointMismatch, match="filler"):
-        Controls.of(byte_tokenizer(("<bos>", "<eos>", "<|fim_suffix|>", "<|fim_prefix|>")))
+        Controls.of(fim_tokenizer(("<bos>", "<eos>", "<|fim_suffix|>", "<|fim_prefix|>")))
 
 
 def test_bad_files(tmp_path: Path) -> None:
@@ -71,3 +73,90 @@ def test_a_stored_truncation_is_not_obeyed(tmp_path: Path) -> None:
     bare.enable_padding(length=9, pad_token="<pad>", pad_id=1)
     bare.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer.from_folder(tmp_path).encode("a" * 6) == [0] * 6
+
+
+def spelled(text: str) -> list[bytes]:
+    """Tokens that extend a text, as bytes."""
+    return sorted(WORDS.decode([token]) for token in WORDS.tokens_extending(text))
+
+
+def test_tokens_that_extend_a_stem() -> None:
+    assert spelled("ret") == [b"ret", b"retr", b"retry", b"retu", b"retur", b"return"]
+    assert spelled("return") == [b"return"]
+    assert spelled("returned") == []
+    # Of ß there is a first half.
+    assert spelled("grö") == ["größe".encode()[:n] for n in range(4, 8)]
+    assert set(WORDS.tokens_extending("")) == set(range(WORDS.vocab_tokens)) - WORDS.control_ids
+    assert WORDS.tokens_extending("ret") is WORDS.tokens_extending("ret")
+
+
+@given(st.sampled_from(["return", "retry", " self", "größe"]), st.integers(1, 8), st.text())
+def test_extending_is_beginning_with(word: str, end: int, other: str) -> None:
+    for stem in (word[:end], other):
+        if any(0xD800 <= ord(c) < 0xE000 for c in stem):
+            continue
+        expected = {
+            token
+            for token in range(WORDS.vocab_tokens)
+            if token not in WORDS.control_ids and WORDS.decode([token]).startswith(stem.encode())
+        }
+        assert set(WORDS.tokens_extending(stem)) == expected
+
+
+def test_extending_is_fast_in_a_large_vocabulary() -> None:
+    many = fim_tokenizer(words=tuple(f"word{n}" for n in range(20_000)))
+    many.tokens_extending("w")
+    started = time.perf_counter()
+    found = many.tokens_extending("word19")
+    assert time.perf_counter() - started < 0.05
+    assert len(found) > 1000
+
+
+@pytest.mark.parametrize(
+    ("prefix", "stem"),
+    [
+        ("x = ret", "ret"),
+        ("return", "return"),
+        ("x self", " self"),
+        ("x_", "_"),
+        ("größ", "größ"),
+        ("x grö", "grö"),
+        ("aé", ""),  # no token spells é by itself
+        ("x = ", ""),
+        ("f(", ""),
+        ("x\n", ""),
+        ("", ""),
+    ],
+)
+def test_an_unfinished_word_is_healed(prefix: str, stem: str) -> None:
+    ids = [min(WORDS.control_ids), *WORDS.encode(prefix)]
+    kept, found = healed(ids, prefix, WORDS)
+    assert found == stem
+    assert WORDS.decode(kept) + found.encode() == prefix.encode()
+    assert ids[: len(kept)] == kept
+    assert not stem or WORDS.tokens_extending(stem)
+
+
+@given(st.text(alphabet="returny selfgröße_(\n😀"), st.integers(0, 20))
+def test_healing_loses_nothing(prefix: str, cut: int) -> None:
+    ids = WORDS.encode(prefix)[cut:]
+    kept, stem = healed(ids, prefix, WORDS)
+    assert WORDS.decode(kept) + stem.encode() == WORDS.decode(ids)
+
+
+def test_healing_stops_at_a_control_token() -> None:
+    mark = min(WORDS.control_ids)
+    assert healed([mark], "ret", WORDS) == ([mark], "")
+
+
+def test_names_of_controls_are_controls_in_a_template_only() -> None:
+    bos, eos = WORDS.control("<bos>"), WORDS.control("<eos>")
+    text = "<bos>return<eos>\n<eos"
+    assert WORDS.encode_template(text) == [
+        bos,
+        *WORDS.encode("return"),
+        eos,
+        *WORDS.encode("\n<eos"),
+    ]
+    assert not WORDS.control_ids & set(WORDS.encode(text))
+    assert fim_tokenizer(()).encode_template("<bos>") == fim_tokenizer(()).encode("<bos>")
