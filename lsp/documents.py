@@ -86,6 +86,15 @@ def with_line_feeds(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
+def line_end_near(text: str, offset: int) -> str:
+    """Return the line end in use at `offset`: of the line before, else the next one there is."""
+    # Two searches from behind, as most documents hold no carriage return at all.
+    place = max(text.rfind("\n", 0, offset), text.rfind("\r", 0, offset))
+    begin = place - 1 if text[max(0, place - 1) : place + 1] == "\r\n" else place
+    found = _LINE_END.search(text, begin if place >= 0 else offset)
+    return found[0] if found else "\n"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """One version of a document.

@@ -17,8 +17,9 @@ this is cut: minified code has lines of megabytes."""
 class Gap:
     """Where text may appear, and what an item replaces.
 
-    The model reads `text[:anchor] + lead`, the gap, `text[end:]`. Without a selected menu entry
-    `lead` is what the document holds between `anchor` and `end`, and `end` is the cursor.
+    Without a selected menu entry `lead` is what the document holds between `anchor` and `end`, and
+    `end` is the cursor: the model reads `text[:end]`, the gap, `text[end:]`. A selected entry that
+    is not in the document yet is pinned to the start of the gap, which then is at `anchor`.
 
     Attributes:
         snapshot: the document when the request came.
@@ -33,9 +34,19 @@ class Gap:
     lead: str
 
     @property
+    def place(self) -> int:
+        """Where the text ends that the fill continues."""
+        return self.end if self.follows_document else self.anchor
+
+    @property
+    def pin(self) -> str:
+        """What the daemon's text must start with."""
+        return "" if self.follows_document else with_line_feeds(self.lead)
+
+    @property
     def before(self) -> str:
         """The text the fill continues."""
-        return self.snapshot.text[: self.anchor] + self.lead
+        return self.snapshot.text[: self.place]
 
     @property
     def after(self) -> str:
@@ -79,20 +90,32 @@ def _word_start(snapshot: Snapshot, cursor: int) -> int:
     return start
 
 
+def reach(text: str, start: int, end: int, before_chars: int, after_chars: int) -> tuple[int, int]:
+    """Return `[start, end)` with about this many code points more on each side."""
+    at = max(0, start - before_chars)
+    at -= at % _WINDOW_STEP_CHARS
+    line_start = text.rfind("\n", 0, at) + 1
+    if at - line_start <= _WINDOW_STEP_CHARS:
+        at = line_start
+    to = len(text)
+    if to - end > after_chars:
+        least, most = end + after_chars, end + after_chars + _WINDOW_STEP_CHARS
+        to = text.find("\n", least, most) + 1 or min(to, most)
+    return at, to
+
+
 def window(gap: Gap, before_chars: int, after_chars: int) -> Window:
     """Return what the daemon gets to read: about this many code points around the gap."""
-    before, after = gap.before, gap.after
-    start = max(0, len(before) - before_chars)
-    start -= start % _WINDOW_STEP_CHARS
-    line_start = before.rfind("\n", 0, start) + 1
-    if start - line_start <= _WINDOW_STEP_CHARS:
-        start = line_start
-    end = len(after)
-    if end > after_chars:
-        line_end = after.find("\n", after_chars, after_chars + _WINDOW_STEP_CHARS) + 1
-        end = line_end or min(end, after_chars + _WINDOW_STEP_CHARS)
-    kept = with_line_feeds(before[start:])
-    return Window(text=kept + with_line_feeds(after[:end]), gap=len(kept))
+    text = gap.snapshot.text
+    at, to = reach(text, gap.place, gap.end, before_chars, after_chars)
+    kept = with_line_feeds(text[at : gap.place])
+    return Window(text=kept + with_line_feeds(text[gap.end : to]), gap=len(kept))
+
+
+def fill_of(gap: Gap, text: str) -> str | None:
+    """Return what the daemon's text adds to the gap's lead; None when it breaks the pin."""
+    text = with_line_feeds(text)
+    return text.removeprefix(gap.pin) if text.startswith(gap.pin) else None
 
 
 def typed_since(gap: Gap, now: Snapshot) -> str | None:

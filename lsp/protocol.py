@@ -1,10 +1,11 @@
 """pygls' protocol with the rough edges off: every request is answered, nothing pops up.
 
-Three things differ from pygls 2.1:
+Four things differ from pygls 2.1:
 
 - A message becomes a typed object once it is complete. pygls does it to every nested JSON object,
   so that the key "jsonrpc" inside a command's arguments breaks the whole message.
 - Parameters of the wrong shape are answered with -32602. pygls answers nothing and shows a popup.
+- A command that is cancelled stops. pygls answers at once, and the command's coroutine goes on.
 - Documents are kept by `infilld.lsp.documents` (see there), not by pygls' workspace.
 """
 
@@ -12,6 +13,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import attrs
 from cattrs import transform_error
 from lsprotocol import types
 from pygls.exceptions import (
@@ -23,10 +25,22 @@ from pygls.exceptions import (
 )
 from pygls.protocol import LanguageServerProtocol, lsp_method
 
+from infilld.lsp.edit_params import READERS
+
 if TYPE_CHECKING:
     from infilld.lsp.server import BridgeServer
 
 log = logging.getLogger(__name__)
+
+
+@attrs.define
+class EditRequest:
+    """A request of ours; pygls would turn the parameters of an unknown one into objects."""
+
+    id: int | str
+    method: str
+    jsonrpc: str
+    params: Any = None
 
 
 class BridgeProtocol(LanguageServerProtocol):
@@ -39,9 +53,27 @@ class BridgeProtocol(LanguageServerProtocol):
         """Whether the editor has asked for the end."""
         return self._shutdown
 
+    def is_awaited(self, number: int | str | None) -> bool:
+        """Whether a request has neither been answered nor cancelled."""
+        return number in self._request_futures
+
     def structure_message(self, data: dict[str, Any]) -> dict[str, Any]:
         """Leave a nested JSON object as it is; see the module's docstring."""
         return data
+
+    def get_message_type(  # type: ignore[override]  # pygls keeps its answers in a cache
+        self, method: str
+    ) -> type[Any] | None:
+        """Return the type of a message; None when it is not known."""
+        is_edit = method.startswith("infilld/") and method.removeprefix("infilld/") in READERS
+        found: type[Any] | None = EditRequest if is_edit else super().get_message_type(method)
+        return found
+
+    def _handle_cancel_notification(self, msg_id: int | str) -> None:
+        super()._handle_cancel_notification(msg_id)
+        task = self._server.commands.get(msg_id)
+        if task is not None:
+            task.cancel()
 
     def handle_message(self, message: Any) -> None:
         """Answer or carry out one message, given as parsed JSON."""
@@ -96,7 +128,7 @@ class BridgeProtocol(LanguageServerProtocol):
     def lsp_text_document__did_open(self, params: types.DidOpenTextDocumentParams) -> None:
         """Take a new document in."""
         snapshot = self._server.documents.open(params.text_document)
-        self._server.inline.changed(snapshot.uri, snapshot)
+        self._server.live.changed(snapshot.uri, snapshot)
 
     @lsp_method(types.TEXT_DOCUMENT_DID_CHANGE)
     def lsp_text_document__did_change(self, params: types.DidChangeTextDocumentParams) -> None:
@@ -108,13 +140,13 @@ class BridgeProtocol(LanguageServerProtocol):
         if snapshot is None:
             log.warning("a change of a document that is not open was ignored")
             return
-        self._server.inline.changed(document.uri, snapshot)
+        self._server.live.changed(document.uri, snapshot)
 
     @lsp_method(types.TEXT_DOCUMENT_DID_CLOSE)
     def lsp_text_document__did_close(self, params: types.DidCloseTextDocumentParams) -> None:
         """Forget a document."""
         self._server.documents.close(params.text_document.uri)
-        self._server.inline.closed(params.text_document.uri)
+        self._server.live.stop(params.text_document.uri, "closed")
 
 
 def _say_what(error: JsonRpcException) -> str:

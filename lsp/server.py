@@ -1,15 +1,22 @@
 """The bridge's language server: thin features over the modules beside it."""
 
+import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
 
 from lsprotocol import types
+from pygls.exceptions import JsonRpcException, JsonRpcInvalidParams
 from pygls.lsp.server import LanguageServer
 
+from infilld.lsp.asking import Asker
 from infilld.lsp.daemon import DaemonLink, State
 from infilld.lsp.documents import Documents, encoding_named
+from infilld.lsp.edit_params import READERS, EditParams
+from infilld.lsp.edits import Edits
 from infilld.lsp.inline import InlineCompletions
+from infilld.lsp.live import LiveJobs
 from infilld.lsp.options import parse_options
 from infilld.lsp.protocol import BridgeProtocol
 
@@ -28,7 +35,11 @@ class BridgeServer(LanguageServer):
         # Before pygls' part: the protocol it makes uses them.
         self.documents = Documents()
         self.link = DaemonLink(self._tell)
-        self.inline = InlineCompletions(self.documents, self.link)
+        self.asker = Asker(self.link)
+        self.live = LiveJobs()
+        self.inline = InlineCompletions(self.documents, self.asker, self.live)
+        self.edits = Edits(self.documents, self.asker, self.live)
+        self.commands: dict[str | int, asyncio.Task[dict[str, Any]]] = {}
         self.problems: list[str] = []
         super().__init__(
             "infilld",
@@ -58,6 +69,9 @@ def create_server() -> BridgeServer:
     server.feature(types.TEXT_DOCUMENT_INLINE_COMPLETION, types.InlineCompletionOptions())(
         _inline_completion
     )
+    for what in READERS:
+        server.feature(f"infilld/{what}")(_edit_request(what))
+        server.command(f"infilld.{what}")(_edit_command(what))
     server.command(STATUS)(_status)
     return server
 
@@ -66,9 +80,9 @@ def _initialize(ls: BridgeServer, params: types.InitializeParams) -> None:
     """Take over the encoding pygls has agreed on, the folders and the options."""
     ls.documents.encoding = encoding_named(ls.workspace.position_encoding or "utf-16")
     folders = [folder.uri for folder in params.workspace_folders or []]
-    ls.inline.roots = folders or [root for root in [params.root_uri] if root]
-    ls.inline.options, ls.problems = parse_options(params.initialization_options)
-    ls.link.may_start = ls.inline.options.start_daemon
+    ls.asker.roots = folders or [root for root in [params.root_uri] if root]
+    ls.asker.options, ls.problems = parse_options(params.initialization_options)
+    ls.link.may_start = ls.asker.options.start_daemon
 
 
 def _initialized(ls: BridgeServer, params: types.InitializedParams) -> None:
@@ -82,7 +96,7 @@ def _initialized(ls: BridgeServer, params: types.InitializedParams) -> None:
 
 def _folders_changed(ls: BridgeServer, params: types.DidChangeWorkspaceFoldersParams) -> None:
     """Name documents by their new folders."""
-    ls.inline.roots = [folder.uri for folder in ls.workspace.folders.values()]
+    ls.asker.roots = [folder.uri for folder in ls.workspace.folders.values()]
 
 
 async def _shutdown(ls: BridgeServer, params: None) -> None:
@@ -97,6 +111,66 @@ async def _inline_completion(
     return await ls.inline.answer(params)
 
 
+def _edit_request(what: str) -> Callable[[BridgeServer, Any], Awaitable[dict[str, Any]]]:
+    """The request that answers with an edit."""
+
+    async def request(ls: BridgeServer, params: Any) -> dict[str, Any]:
+        return await ls.edits.answer(what, _read(what, params))
+
+    return request
+
+
+def _edit_command(what: str) -> Callable[..., Awaitable[dict[str, Any] | None]]:
+    """The command that has the editor apply the edit; its argument is the request's params."""
+
+    async def command(ls: BridgeServer, *arguments: Any) -> dict[str, Any] | None:
+        if len(arguments) != 1:
+            raise JsonRpcInvalidParams(f"infilld.{what}: expected one argument")
+        params = _read(what, arguments[0])
+        # pygls lets a cancelled command run on: the protocol cancels this task by its number.
+        number = ls.protocol.msg_id
+        if number is None or not ls.protocol.is_awaited(number):
+            return None
+        task = asyncio.get_running_loop().create_task(ls.edits.answer(what, params))
+        ls.commands[number] = task
+        try:
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+            del ls.commands[number]
+        is_wanted = ls.protocol.is_awaited(number) and not task.cancelled()
+        return await _applied(ls, what, task.result()) if is_wanted else None
+
+    return command
+
+
+def _read(what: str, raw: Any) -> EditParams:
+    try:
+        return READERS[what](raw)
+    except ValueError as error:
+        raise JsonRpcInvalidParams(f"{JsonRpcInvalidParams.MESSAGE}: {error}") from None
+
+
+async def _applied(ls: BridgeServer, what: str, answer: dict[str, Any]) -> dict[str, Any]:
+    """Have the editor apply an answer's edit; says how that went."""
+    edit, reason, why = answer["edit"], answer["reason"], answer["why"]
+    is_applied = False
+    if edit is not None:
+        wanted = types.ApplyWorkspaceEditParams(edit=edit, label=f"infilld: {what}")
+        try:
+            result = await ls.workspace_apply_edit_async(wanted)
+            is_applied, refusal = result.applied, result.failure_reason
+        except JsonRpcException as error:
+            refusal = str(error)
+        if not is_applied:
+            reason, why = "not_applied", refusal or "The editor did not apply the edit."
+    if not is_applied and reason not in ("superseded", "closed"):
+        # The user asked for it by hand, and editors drop what a command returns.
+        text = f"infilld: nothing changed ({reason}). {why}".strip()
+        ls.window_show_message(types.ShowMessageParams(types.MessageType.Info, text))
+    return {"applied": is_applied, "reason": reason, "why": why}
+
+
 async def _status(ls: BridgeServer, *arguments: Any) -> dict[str, object]:
     """Return what the bridge knows about the daemon, and how its last request went."""
     link = ls.link
@@ -107,5 +181,5 @@ async def _status(ls: BridgeServer, *arguments: Any) -> dict[str, object]:
         "version": link.daemon.version if link.daemon else None,
         "model": await link.model(_STATUS_WAIT_S),
         "documents": len(ls.documents),
-        "last": ls.inline.outcomes[-1] if ls.inline.outcomes else None,
+        "last": ls.asker.outcomes[-1] if ls.asker.outcomes else None,
     }

@@ -15,6 +15,7 @@ from infilld.lsp.documents import (
     count_units,
     encoding_named,
     join_surrogates,
+    line_end_near,
     with_line_feeds,
 )
 
@@ -186,3 +187,23 @@ def test_documents_keep_the_newest_snapshot() -> None:
     documents.close("file:///a%20b.py")
     assert documents.get("file:///a%20b.py") is None
     assert len(documents) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "offset", "expected"),
+    [
+        ("", 0, "\n"),
+        ("a", 1, "\n"),
+        ("a\nb\r\nc", 1, "\n"),
+        ("a\nb\r\nc", 3, "\n"),
+        ("a\nb\r\nc", 5, "\r\n"),
+        ("a\r\nb\nc", 0, "\r\n"),
+        ("a\r\nb\nc", 5, "\n"),
+        ("\r\na", 3, "\r\n"),
+        ("\na", 2, "\n"),
+        ("a\rb", 3, "\r"),
+        ("a\rb", 0, "\r"),
+    ],
+)
+def test_the_line_end_in_use(text: str, offset: int, expected: str) -> None:
+    assert line_end_near(text, offset) == expected

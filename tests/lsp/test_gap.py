@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from lsprotocol import types
 
 from infilld.lsp.documents import Encoding, Snapshot, with_line_feeds
-from infilld.lsp.gap import Gap, gap_at, item_for, typed_since, window
+from infilld.lsp.gap import Gap, fill_of, gap_at, item_for, typed_since, window
 
 ALPHABET = "ab_ (é中😀\n\r\x0c"
 texts = st.text(ALPHABET, max_size=40)
@@ -114,7 +114,9 @@ def test_a_selected_menu_entry_leads_the_item() -> None:
     )
     gap = gap_at(here, params(types.Position(0, 6), entry))
     assert gap is not None
-    assert (gap.before, gap.after) == ("😀.append", " + 1\n")
+    assert (gap.before, gap.pin, gap.after) == ("😀.", "append", " + 1\n")
+    assert fill_of(gap, "append(x)") == "(x)"
+    assert fill_of(gap, "apply(x)") is None
     item = item_for(gap, "(x)", here)
     assert item == types.InlineCompletionItem(insert_text="append(x)", range=entry.range)
     assert item_for(gap, "(x)", snapshot("😀.appe + 1\n")) is None

@@ -192,17 +192,32 @@ def test_typing_along_keeps_a_suggestion_that_fits(
     assert apply_item("😀 retu\nrest", items[0], bridge.encoding) == "😀 return 1\nrest"
 
 
-def test_a_selected_menu_entry_is_continued(
+def test_a_selected_menu_entry_is_pinned(bridge: FakeEditor, worker: FakeWorker, uri: str) -> None:
+    bridge.open(uri, "x.app + 1")
+    worker.script = Script(texts=("append(y)", "apply()"), drafts=())
+    entry = {"range": {"start": at(0, 2), "end": at(0, 5)}, "text": "append"}
+    number = bridge.complete(uri, 0, 5, INVOKED, selectedCompletionInfo=entry)
+    # What does not start with the entry would replace the user's choice.
+    assert bridge.reply(number)["result"]["items"] == [
+        {"insertText": "append(y)", "range": entry["range"]}
+    ]
+    asked = worker.jobs[0].request
+    assert asked.text == "x. + 1"
+    assert [(span.start, span.end) for span in asked.spans] == [(2, 2)]
+    assert [(pin.span, pin.at, pin.text) for pin in asked.pins] == [(0, "start", "append")]
+
+
+def test_a_selected_menu_entry_that_is_typed_needs_no_pin(
     bridge: FakeEditor, worker: FakeWorker, uri: str
 ) -> None:
     bridge.open(uri, "x.app + 1")
     worker.script = Script(texts=("(y)",), drafts=())
-    entry = {"range": {"start": at(0, 2), "end": at(0, 5)}, "text": "append"}
+    entry = {"range": {"start": at(0, 2), "end": at(0, 5)}, "text": "app"}
     number = bridge.complete(uri, 0, 5, AUTOMATIC, selectedCompletionInfo=entry)
     assert bridge.reply(number)["result"]["items"] == [
-        {"insertText": "append(y)", "range": entry["range"]}
+        {"insertText": "app(y)", "range": entry["range"]}
     ]
-    assert worker.jobs[0].request.text == "x.append + 1"
+    assert (worker.jobs[0].request.text, worker.jobs[0].request.pins) == ("x.app + 1", ())
 
 
 def test_positions_past_the_end_are_clamped(

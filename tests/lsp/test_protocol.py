@@ -42,7 +42,8 @@ def test_what_is_advertised(fresh: FakeEditor) -> None:
     result = fresh.initialize()
     capabilities = result["capabilities"]
     assert capabilities["inlineCompletionProvider"] == {}
-    assert capabilities["executeCommandProvider"] == {"commands": ["infilld.status"]}
+    commands = {"infilld.rewrite", "infilld.fillGaps", "infilld.repair", "infilld.status"}
+    assert set(capabilities["executeCommandProvider"]["commands"]) == commands
     assert capabilities["textDocumentSync"]["openClose"] is True
     assert capabilities["textDocumentSync"]["change"] == 2
     assert result["serverInfo"] == {"name": "infilld", "version": version("infilld")}

@@ -84,6 +84,10 @@ class FakeEditor:
             timeout_s,
         )
 
+    def respond(self, number: int | str, result: object) -> None:
+        """Answer a request of the bridge."""
+        self.send({"jsonrpc": "2.0", "id": number, "result": result})
+
     def call(self, method: str, params: object) -> Any:
         got = self.reply(self.request(method, params))
         assert "error" not in got, got
@@ -234,16 +238,33 @@ def position(text: str, offset: int, encoding: str) -> tuple[int, int]:
 
 def apply_item(text: str, item: dict[str, Any], encoding: str) -> str:
     """The document after the item was inserted."""
-    ends = [match.end() for match in re.finditer("\r\n|\r|\n", text)]
-    starts = [0, *ends]
-
-    def offset(where: dict[str, int]) -> int:
-        start = starts[where["line"]]
-        units = where["character"] * _unit_bytes(encoding)
-        return start + len(_encoded(text[start:], encoding)[:units].decode(_codec(encoding)))
-
-    start, end = offset(item["range"]["start"]), offset(item["range"]["end"])
+    start, end = (_offset(text, item["range"][side], encoding) for side in ("start", "end"))
     return f"{text[:start]}{item['insertText']}{text[end:]}"
+
+
+def apply_edit(text: str, edit: dict[str, Any], uri: str, version: int, encoding: str) -> str:
+    """The document after a versioned edit of it, and of nothing else, was applied."""
+    assert set(edit) == {"documentChanges"}, edit
+    (change,) = edit["documentChanges"]
+    assert change["textDocument"] == {"uri": uri, "version": version}
+    places = [
+        (*(_offset(text, each["range"][side], encoding) for side in ("start", "end")), number)
+        for number, each in enumerate(change["edits"])
+    ]
+    last = len(text)
+    after = text
+    for start, end, number in sorted(places, reverse=True):
+        assert start <= end <= last, "the edits overlap"
+        after = after[:start] + change["edits"][number]["newText"] + after[end:]
+        last = start
+    return after
+
+
+def _offset(text: str, where: dict[str, int], encoding: str) -> int:
+    starts = [0, *(match.end() for match in re.finditer("\r\n|\r|\n", text))]
+    start = starts[where["line"]]
+    units = where["character"] * _unit_bytes(encoding)
+    return start + len(_encoded(text[start:], encoding)[:units].decode(_codec(encoding)))
 
 
 def _codec(encoding: str) -> str:
