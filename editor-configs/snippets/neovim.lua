@@ -2,6 +2,9 @@
 -- Copy to ~/.config/nvim/plugin/infilld.lua. `infilld-lsp` must be on PATH.
 --   <Tab>    inserts the suggestion that is shown; without one it is the usual Tab
 --   <C-]>    hides it
+--   :InfilldRewrite what to do   writes the selected lines anew (:'<,'>InfilldRewrite …)
+--   :InfilldRepair               repairs the selected lines, where diagnostics are if there are some
+--   :InfilldFillGaps             fills every <|gap|> of the document
 -- Neovim 0.12 has its own inline completion, which is used there; 0.11 uses what is below.
 
 vim.lsp.config("infilld", {
@@ -11,6 +14,49 @@ vim.lsp.config("infilld", {
   -- init_options = { alternatives = 3, automaticDeadlineMs = 1000 },
 })
 vim.lsp.enable("infilld")
+
+-- Sends a command of the bridge, which changes the document in one undo step or says why not.
+local function run(name, params)
+  local buf = vim.api.nvim_get_current_buf()
+  local client = vim.lsp.get_clients({ name = "infilld", bufnr = buf })[1]
+  if not client then
+    return vim.notify("infilld does not run for this document", vim.log.levels.WARN)
+  end
+  params.textDocument = vim.lsp.util.make_text_document_params(buf)
+  local command = { command = "infilld." .. name, arguments = { params } }
+  client:request("workspace/executeCommand", command, function(problem)
+    if problem then
+      vim.notify("infilld: " .. problem.message, vim.log.levels.WARN)
+    end
+  end, buf)
+end
+
+local function lines(first, last)
+  -- A character past the end of a line means its end.
+  return {
+    start = { line = first - 1, character = 0 },
+    ["end"] = { line = last - 1, character = 2 ^ 31 - 1 },
+  }
+end
+
+vim.api.nvim_create_user_command("InfilldRewrite", function(got)
+  run("rewrite", { range = lines(got.line1, got.line2), instruction = got.args })
+end, { range = true, nargs = "+", desc = "infilld: rewrite the selected lines" })
+
+vim.api.nvim_create_user_command("InfilldRepair", function(got)
+  local marked = {}
+  for _, found in ipairs(vim.diagnostic.get(0)) do
+    if found.lnum >= got.line1 - 1 and found.lnum < got.line2 then
+      -- Whole lines: what is wrong is seldom just where it was noticed.
+      marked[#marked + 1] = lines(found.lnum + 1, (found.end_lnum or found.lnum) + 1)
+    end
+  end
+  run("repair", { range = lines(got.line1, got.line2), diagnostics = marked })
+end, { range = true, desc = "infilld: repair the selected lines" })
+
+vim.api.nvim_create_user_command("InfilldFillGaps", function()
+  run("fillGaps", vim.empty_dict())
+end, { desc = "infilld: fill every <|gap|>" })
 
 if vim.lsp.inline_completion then
   vim.lsp.inline_completion.enable()

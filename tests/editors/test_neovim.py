@@ -170,3 +170,39 @@ def test_the_snippet_hides_what_does_not_fit_and_leaves_tab_alone(
     neovim.wait(TEXT, "# 😀|x = '😀'; (q\t); y|# end")
     neovim.type("<Esc>")
     neovim.wait(GHOST, "none")
+
+
+@pytest.mark.e2e
+def test_the_snippets_commands_change_the_selected_lines(neovim: Neovim, live: LiveServer) -> None:
+    """In one undo step; a repair is told the lines that have diagnostics."""
+    live.worker.script = Script(texts=("z = '𝒳'\nw",), drafts=())
+    neovim.type(":2InfilldRewrite use another name<CR>")
+    neovim.wait(TEXT, "# 😀|z = '𝒳'|w|# end")
+    request = live.worker.jobs[-1].request
+    assert request.instruction == "use another name"
+    span = request.spans[0]
+    assert request.text[span.start : span.end] == "x = '😀'; (); y"
+    neovim.type("u")
+    neovim.wait(TEXT, "# 😀|x = '😀'; (); y|# end")
+    neovim.ask(DIAGNOSTIC)
+    live.worker.script = Script(texts=("# 😀\nx = 1",), drafts=())
+    neovim.type(":1,2InfilldRepair<CR>")
+    neovim.wait(TEXT, "# 😀|x = 1|# end")
+    suspects = live.worker.jobs[-1].request.repair
+    assert suspects is not None
+    assert [(each.start, each.end) for each in suspects] == [(4, 18)]
+
+
+DIAGNOSTIC = """vim.diagnostic.set(vim.api.nvim_create_namespace("test"), 0,
+  { { lnum = 1, col = 4, message = "wrong" } })""".replace("\n", " ")
+
+
+@pytest.mark.e2e
+def test_the_snippet_fills_every_placeholder(neovim: Neovim, live: LiveServer) -> None:
+    neovim.type("2GS<lt>|gap|> 😀<Esc>3GA <lt>|gap|><Esc>")
+    neovim.wait(TEXT, "# 😀|<|gap|> 😀|# end <|gap|>")
+    live.worker.script = Script(texts=(["a", "b"],), drafts=())
+    neovim.type(":InfilldFillGaps<CR>")
+    neovim.wait(TEXT, "# 😀|a 😀|# end b")
+    neovim.type("u")
+    neovim.wait(TEXT, "# 😀|<|gap|> 😀|# end <|gap|>")

@@ -220,6 +220,18 @@ def test_two_editors_share_a_daemon_and_do_not_supersede(start: Start, tmp_path:
             Options(alternatives=1, start_daemon=False),
             [],
         ),
+        ({"boldness": 1, "editDeadlineMs": 5}, Options(boldness=1, edit_deadline_ms=5), []),
+        ({"boldness": None}, Options(), []),
+        (
+            {"boldness": 1.5},
+            Options(),
+            ["boldness is 1.5, expected a number from 0 to 1; using the model's own."],
+        ),
+        (
+            {"boldness": True},
+            Options(),
+            ["boldness is True, expected a number from 0 to 1; using the model's own."],
+        ),
         ([1], Options(), ["initializationOptions is [1], expected an object."]),
         ({"startDaemon": 1}, Options(), ["startDaemon is 1, expected true or false; using True."]),
         (
