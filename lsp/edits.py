@@ -29,6 +29,9 @@ from infilld.lsp.live import Job, LiveJobs
 PLACEHOLDER = "<|gap|>"
 """Marks a gap in the text of a document; no language has it, and it can be typed."""
 
+# Side by side they are one gap.
+_PLACEHOLDERS = re.compile(f"(?:{re.escape(PLACEHOLDER)})+")
+
 Offsets = tuple[int, int]
 _STOPPED = {
     "superseded": "A newer request for this document came.",
@@ -39,12 +42,23 @@ _STOPPED = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Wanted:
-    """What is asked of the daemon, in code points of a snapshot; `repair` None: no repair."""
+    """What is asked of the daemon.
+
+    Attributes:
+        snapshot: the document when the request came.
+        ranges: what the edit replaces in it.
+        text: what the model reads; the document, without the placeholders it is to fill.
+        spans: the ranges in that text.
+        instruction: what to do with them.
+        repair: what is suspected in that text; None: no repair.
+    """
 
     snapshot: Snapshot
+    ranges: Sequence[Offsets]
+    text: str
     spans: Sequence[Offsets]
-    instruction: str | None
-    repair: Sequence[Offsets] | None
+    instruction: str | None = None
+    repair: Sequence[Offsets] | None = None
 
 
 class Edits:
@@ -81,17 +95,19 @@ class Edits:
         if has_lone_surrogate(params.instruction or ""):
             return Silence("filtered", "The instruction holds half a surrogate pair.")
         if params.ranges is None:
-            places = re.finditer(re.escape(PLACEHOLDER), snapshot.text)
-            spans = [match.span() for match in places]
-            if not spans:
-                return Silence("no_gap", f"The document holds no {PLACEHOLDER}.")
-        else:
-            spans = [_offsets(snapshot, each) for each in params.ranges]
-            if not spans:
-                return Silence("no_gap", "The list of ranges is empty.")
-        repair = None if params.suspects is None else _suspected(snapshot, spans, params.suspects)
+            return _placeholders(snapshot)
+        spans = [_offsets(snapshot, each) for each in params.ranges]
+        if not spans:
+            return Silence("no_gap", "The list of ranges is empty.")
         return _Wanted(
-            snapshot=snapshot, spans=spans, instruction=params.instruction, repair=repair
+            snapshot=snapshot,
+            ranges=spans,
+            text=snapshot.text,
+            spans=spans,
+            instruction=params.instruction,
+            repair=None
+            if params.suspects is None
+            else _suspected(snapshot, spans, params.suspects),
         )
 
     async def _edit(self, wanted: _Wanted) -> types.WorkspaceEdit | Silence:
@@ -120,11 +136,11 @@ class Edits:
         spans = reply.choices[0].spans
         if [{"start": span.start, "end": span.end} for span in spans] != content["spans"]:
             return Silence("not_infilld", "The daemon answered for other spans.")
-        return _workspace_edit(now, wanted.spans, [span.text for span in spans])
+        return _workspace_edit(now, wanted.ranges, [span.text for span in spans])
 
     def _content(self, wanted: _Wanted) -> dict[str, Any]:
         """The request's body: the text from the first span to the last, and some around it."""
-        text, options = wanted.snapshot.text, self._asker.options
+        text, options = wanted.text, self._asker.options
         start, end = min(span[0] for span in wanted.spans), max(span[1] for span in wanted.spans)
         at, to = reach(text, start, end, options.before_chars, options.after_chars)
 
@@ -140,10 +156,10 @@ class Edits:
 
 
 def _workspace_edit(
-    now: Snapshot, spans: Sequence[Offsets], texts: Sequence[str]
+    now: Snapshot, ranges: Sequence[Offsets], texts: Sequence[str]
 ) -> types.WorkspaceEdit | Silence:
     edits = []
-    for (start, end), text in sorted(zip(spans, texts, strict=True)):
+    for (start, end), text in sorted(zip(ranges, texts, strict=True)):
         new = with_line_feeds(text).replace("\n", line_end_near(now.text, start))
         if new != now.text[start:end]:
             edits.append(types.TextEdit(now.range_at(start, end), new))
@@ -151,6 +167,19 @@ def _workspace_edit(
         return Silence("unchanged", "The model left the text as it is.")
     document = types.OptionalVersionedTextDocumentIdentifier(uri=now.uri, version=now.version)
     return types.WorkspaceEdit(document_changes=[types.TextDocumentEdit(document, edits)])
+
+
+def _placeholders(snapshot: Snapshot) -> _Wanted | Silence:
+    # Left in the text, the model would take them for text that is to be written anew.
+    ranges = [match.span() for match in _PLACEHOLDERS.finditer(snapshot.text)]
+    if not ranges:
+        return Silence("no_gap", f"The document holds no {PLACEHOLDER}.")
+    spans, removed_chars = [], 0
+    for start, end in ranges:
+        spans.append((start - removed_chars,) * 2)
+        removed_chars += end - start
+    text = _PLACEHOLDERS.sub("", snapshot.text)
+    return _Wanted(snapshot=snapshot, ranges=ranges, text=text, spans=spans)
 
 
 def _offsets(snapshot: Snapshot, where: types.Range) -> Offsets:

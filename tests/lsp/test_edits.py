@@ -114,13 +114,15 @@ def test_gaps_at_given_ranges(bridge: FakeEditor, worker: FakeWorker, uri: str) 
 
 
 def test_every_placeholder_is_a_gap(bridge: FakeEditor, worker: FakeWorker, uri: str) -> None:
-    text = "😀 <|gap|>\r\nif <|gap|>:\r\n    pass  # <gap> <|gap\r\n"
+    text = "😀 <|gap|>\r\nif <|gap|><|gap|>:\r\n    pass  # <gap> <|gap\r\n"
     bridge.open(uri, text)
     worker.script = Script(texts=(["one", "two"],), drafts=())
     got = bridge.call("infilld/fillGaps", {"textDocument": {"uri": uri}})
     after = apply_edit(text, got["edit"], uri, 1, bridge.encoding)
     assert after == "😀 one\r\nif two:\r\n    pass  # <gap> <|gap\r\n"
-    assert asked(worker) == ["<|gap|>"] * 2
+    # The model sees gaps, and not how they were marked.
+    assert worker.jobs[0].request.text == "😀 \r\nif :\r\n    pass  # <gap> <|gap\r\n"
+    assert [(each.start, each.end) for each in worker.jobs[0].request.spans] == [(2, 2), (7, 7)]
 
 
 @pytest.mark.parametrize("more", [{}, {"ranges": []}])
