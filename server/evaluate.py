@@ -30,7 +30,25 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "the model writes, in a child process that can do little",
     )
     parser.add_argument(
-        "--items", metavar="N", type=whole(1, MANY), default=100, help="gaps of each kind"
+        "--repository",
+        metavar="DIR",
+        type=Path,
+        help="holes in this repository, whose own tests judge what fills them, in a child process "
+        "that can do little; not given: infilld's own, in a checkout of it",
+    )
+    parser.add_argument(
+        "--tests",
+        metavar="ARGUMENTS",
+        action="append",
+        default=[],
+        help="pytest's arguments in the repository, in one word; again for another call of pytest",
+    )
+    parser.add_argument(
+        "--items",
+        metavar="N",
+        type=whole(1, MANY),
+        default=100,
+        help="gaps of each kind; typed lines are a tenth as many, holes at most 30",
     )
     parser.add_argument(
         "--kinds",
@@ -70,6 +88,8 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     wanted = EvaluationOptions(
         folders=tuple(options.folders),
         benchmark=options.benchmark,
+        repository=options.repository,
+        tests=tuple(options.tests),
         items=options.items,
         seed=options.seed,
         kinds=options.kinds,

@@ -10,9 +10,11 @@ KINDS = {
     "lines": "2 to 4 lines, behind the first one's indent",
     "span": "1 to 40 characters, which may start and end within words",
     "silent": "places where nothing is missing, and nothing ought to be shown",
+    "typing": "lines typed key by key, asked at every pause; one document stays warm",
     "benchmark": "the gaps of a benchmark's files",
+    "repository": "statements of a repository whose own tests fail without them",
 }
-"""Kinds of gaps; all but `benchmark` are cut out of held-out files."""
+"""Kinds of gaps; all but `benchmark` and `repository` are cut out of held-out files."""
 
 CUT_KINDS = ("rest_of_line", "line", "lines", "span", "silent")
 """Kinds whose items are cut out of held-out files, one by one."""

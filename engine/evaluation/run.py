@@ -5,6 +5,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,19 +18,35 @@ from infilld.engine.evaluation.contenders import make_contender
 from infilld.engine.evaluation.held_out import files_below, held_out_files
 from infilld.engine.evaluation.items import Item, cut_items
 from infilld.engine.evaluation.measures import is_exact, measure, measure_silence, measure_tests
-from infilld.engine.evaluation.names import CONTENDERS, KINDS
+from infilld.engine.evaluation.names import CONTENDERS, CUT_KINDS, KINDS
+from infilld.engine.evaluation.recordings import KIND as TYPING
+from infilld.engine.evaluation.recordings import recordings, run_typing
+from infilld.engine.evaluation.repository import KIND as REPOSITORY
+from infilld.engine.evaluation.repository import (
+    Repository,
+    arguments_of,
+    own_repository,
+    workshop,
+)
 from infilld.engine.evaluation.sandbox import TIMEOUT_S, Outcome, run_tests
 from infilld.engine.infill import Infiller
 from infilld.engine.syntax import parses
 from infilld.engine.worker import load_infiller
 
 Say = Callable[[str], None]
+# How an item's tests fare with a text in its gap.
+Judge = Callable[[Item, str], Outcome]
 
 SCHEMA = 1
 """Counts changes of the report that a reader of an older one would misread."""
 
 
+MOST_HOLES = 30
+"""Holes in a repository, at most: each costs a run of tests, and each new answer another one."""
+
 _SAY_EVERY_S = 20.0
+# A line is typed with some twenty pauses.
+_ITEMS_A_RECORDING = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +56,19 @@ class EvaluationOptions:
     Attributes:
         folders: held-out Python source; none: the held-out packages that are installed here.
         benchmark: folder of a benchmark's files; None: no benchmark.
-        items: gaps of each kind. seed: chooses them, and is the seed of every request.
+        repository: folder with tests of its own; None: the checkout of infilld, if there is one
+            and no folder is given.
+        tests: calls of pytest in the repository, each as on a command line.
+        items: gaps of each kind; a tenth as many lines are typed, and at most `MOST_HOLES` holes
+            are made in a repository. seed: chooses them, and is the seed of every request.
         kinds: of `KINDS`; none: all, and `benchmark` where one is given.
         contenders: of `CONTENDERS`; none: all.
     """
 
     folders: tuple[Path, ...] = ()
     benchmark: Path | None = None
+    repository: Path | None = None
+    tests: tuple[str, ...] = ()
     items: int = 100
     seed: int = 0
     kinds: tuple[str, ...] = ()
@@ -55,7 +78,8 @@ class EvaluationOptions:
         """Refuse what there is not.
 
         Raises:
-            UnknownOption: a kind or a contender of another name, or `benchmark` without a folder.
+            UnknownOption: a kind or a contender of another name, `benchmark` without a folder, or
+                one of `repository` and `tests` without the other.
         """
         for what, given, known in (
             ("kind", self.kinds, KINDS),
@@ -70,6 +94,12 @@ class EvaluationOptions:
             raise UnknownOption(
                 "the kind benchmark, and no benchmark",
                 remedy="Name the folder of its files with --benchmark.",
+            )
+
+        if (self.repository is None) != (not self.tests):
+            raise UnknownOption(
+                "of a repository and its tests one is named without the other",
+                remedy="Give both --repository and --tests.",
             )
 
     def chosen_kinds(self) -> list[str]:
@@ -97,7 +127,8 @@ def run_evaluation(
         `machine`, `load_average_after` — as in a report of the bench;
         `seed`; `held_out` — packages or folders, files, characters;
         `benchmark` — its folder, items, how many of its own solutions pass here, seconds given
-        to each program, guards of the sandbox;
+        to each program, guards of the sandbox; `repository` — its folder, files, items, how many
+        statements were left out to find them, guards;
         `kinds` — for each kind `about`, `items`, and `contenders`: for each the figures of
         `compare`.
 
@@ -105,14 +136,20 @@ def run_evaluation(
         RequestError: no source, no benchmark, or the model cannot infill.
         ModelError: the checkpoint or the device will not do, or no sandbox can be had here.
     """
-    # What the caller can get wrong comes before the model is loaded.
-    items, sources = _items(options, say)
-    engine = load_infiller(folder, device)
-    if engine.controls is None:
-        raise Unsupported(
-            f"{folder} was not trained to infill: its vocabulary has no filler token",
-            remedy="Evaluate a model that `infilld train` made, or the starter model.",
-        )
+    with ExitStack() as stack:
+        # What the caller can get wrong comes before the model is loaded.
+        work = _work(options, stack, say)
+        engine = load_infiller(folder, device)
+        if engine.controls is None:
+            raise Unsupported(
+                f"{folder} was not trained to infill: its vocabulary has no filler token",
+                remedy="Evaluate a model that `infilld train` made, or the starter model.",
+            )
+        names = options.chosen_contenders()
+        kinds = {}
+        for kind, task in work.tasks.items():
+            count, contenders = task(engine, names)
+            kinds[kind] = {"about": KINDS[kind], "items": count, "contenders": contenders}
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "infilld": version("infilld"),
@@ -122,17 +159,8 @@ def run_evaluation(
         "parameters": sum(p.numel() for p in engine.model.parameters()),
         "machine": machine_facts(engine),
         "seed": options.seed,
-        **sources,
-        "kinds": {
-            kind: {
-                "about": KINDS[kind],
-                "items": len(chosen),
-                "contenders": compare(
-                    engine, chosen, options.chosen_contenders(), options.seed, say
-                ),
-            }
-            for kind, chosen in items.items()
-        },
+        **work.sources,
+        "kinds": kinds,
     }
     return report | {"load_average_after": os.getloadavg()[0]}
 
@@ -143,17 +171,22 @@ def compare(
     names: Sequence[str],
     seed: int,
     say: Say = lambda line: None,
+    judge: Judge | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Figures of contenders on the same items of one kind.
 
     Args:
         engine: a model that can infill. items: at least one. names: of contenders.
         seed: of every request. say: gets a line for each contender.
+        judge: runs the tests of an item with a text; None: those an item brings, if it has any.
 
     Returns:
-        For each contender the figures of `measure`; of `measure_tests`, where items have tests;
+        For each contender the figures of `measure`; of `measure_tests`, where items have tests; of
+        `measure_silence`, where nothing is missing;
         and where `canvas` takes part, how many items only this one, or only canvas, had exact.
     """
+    if judge is None and items[0].check is not None:
+        judge = _run_program
     are_sound = [parses(item.filled(item.missing)) for item in items]
     figures: dict[str, dict[str, Any]] = {}
     exact: dict[str, list[bool]] = {}
@@ -168,8 +201,8 @@ def compare(
                 say(f"{item.kind}: {name} has answered {len(answers)} of {len(items)}")
         exact[name] = [is_exact(item, answer) for item, answer in zip(items, answers, strict=True)]
         found = measure(items, answers, are_sound)
-        if items[0].check is not None:
-            found |= measure_tests(_outcomes(items, [answer.text for answer in answers]))
+        if judge is not None:
+            found |= measure_tests(_outcomes(items, [answer.text for answer in answers], judge))
         if items[0].kind == "silent":
             found |= measure_silence(items, answers)
         if "canvas" in exact and name != "canvas":
@@ -184,40 +217,96 @@ def compare(
     return figures
 
 
-def _outcomes(items: Sequence[Item], texts: Sequence[str | None]) -> list[Outcome | None]:
-    """How each filled program fares; None where there is no text or no test."""
+def _outcomes(
+    items: Sequence[Item], texts: Sequence[str | None], judge: Judge
+) -> list[Outcome | None]:
+    """How each filled item fares; None where there is no text."""
     return [
-        None
-        if text is None or item.check is None
-        else run_tests(f"{item.filled(text)}\n{item.check.test}", item.check.entry_point)
-        for item, text in zip(items, texts, strict=True)
+        None if text is None else judge(item, text) for item, text in zip(items, texts, strict=True)
     ]
 
 
-def _items(options: EvaluationOptions, say: Say) -> tuple[dict[str, list[Item]], dict[str, Any]]:
-    """Items of each kind, and what the report says of where they come from."""
-    items: dict[str, list[Item]] = {}
-    sources: dict[str, Any] = {"held_out": None, "benchmark": None}
-    kinds = options.chosen_kinds()
-    if any(kind != "benchmark" for kind in kinds):
+def _run_program(item: Item, text: str) -> Outcome:
+    """How a benchmark's program fares with a text in its gap."""
+    assert item.check is not None
+    return run_tests(f"{item.filled(text)}\n{item.check.test}", item.check.entry_point)
+
+
+# Answers one kind: how many items, and figures for each of the contenders that are named.
+_Task = Callable[[Infiller, Sequence[str]], tuple[int, dict[str, dict[str, Any]]]]
+
+
+@dataclass
+class _Work:
+    """What is to be done: a task for each kind, and what the report says of where it comes from."""
+
+    tasks: dict[str, _Task]
+    sources: dict[str, Any]
+
+
+def _work(options: EvaluationOptions, stack: ExitStack, say: Say) -> _Work:
+    """Everything that needs no model; the stack keeps what is needed until the end."""
+    work = _Work({}, {"held_out": None, "benchmark": None, "repository": None})
+    kinds, seed = options.chosen_kinds(), options.seed
+
+    def answered(items: Sequence[Item], judge: Judge | None = None) -> _Task:
+        return lambda engine, names: (
+            len(items),
+            compare(engine, items, names, seed, say, judge),
+        )
+
+    if any(kind in CUT_KINDS or kind == TYPING for kind in kinds):
         files = files_below(options.folders) if options.folders else held_out_files()
-        sources["held_out"] = {
+        work.sources["held_out"] = {
             "from": sorted({file.package for file in files}),
             "files": len(files),
             "chars": sum(len(file.text) for file in files),
         }
-        say(f"{len(files)} held-out files of {', '.join(sources['held_out']['from'])}")
+        say(f"{len(files)} held-out files of {', '.join(work.sources['held_out']['from'])}")
     for kind in kinds:
-        if kind != "benchmark":
-            items[kind] = cut_items(files, kind, options.items, options.seed)
+        if kind in CUT_KINDS:
+            work.tasks[kind] = answered(cut_items(files, kind, options.items, seed))
+    if TYPING in kinds:
+        lines = max(1, options.items // _ITEMS_A_RECORDING)
+        made = recordings(files, lines, seed)
+        work.tasks[TYPING] = lambda engine, names: (
+            lines,
+            run_typing(engine, made, seed, names, say),
+        )
     if "benchmark" in kinds and options.benchmark is not None:
         found = humaneval_items(options.benchmark)
         if len(found) > options.items:
-            places = sorted(random.Random(options.seed).sample(range(len(found)), options.items))
+            places = sorted(random.Random(seed).sample(range(len(found)), options.items))
             found = [found[place] for place in places]
-        items["benchmark"] = found
-        sources["benchmark"] = {"from": str(options.benchmark)} | _own_solutions(found, say)
-    return items, sources
+        work.tasks["benchmark"] = answered(found)
+        work.sources["benchmark"] = {"from": str(options.benchmark)} | _own_solutions(found, say)
+    repository = _repository(options, say) if REPOSITORY in kinds else None
+    if repository is not None:
+        shop = stack.enter_context(workshop(repository))
+        say(f"making holes in {repository.folder} that its own tests miss")
+        holes, facts = shop.items(min(options.items, MOST_HOLES), seed)
+        say(
+            f"{facts['items']} of {facts['statements_tried']} places are missed; what the model "
+            f"writes runs behind the guards {', '.join(facts['guards'])}"
+        )
+        work.tasks[REPOSITORY] = answered(holes, shop.judge)
+        work.sources["repository"] = facts
+    return work
+
+
+def _repository(options: EvaluationOptions, say: Say) -> Repository | None:
+    """The repository that is named, or our own; None: there is none, which is said."""
+    if options.repository is not None:
+        return Repository(options.repository, arguments_of(options.tests))
+    if options.folders and REPOSITORY not in options.kinds:
+        return None
+    own = own_repository()
+    if own is None:
+        say(
+            "no holes in a repository: infilld was not installed from a checkout with its tests, "
+            "or pytest is missing; name another one with --repository and --tests"
+        )
+    return own
 
 
 def _own_solutions(items: Sequence[Item], say: Say) -> dict[str, Any]:
@@ -226,7 +315,7 @@ def _own_solutions(items: Sequence[Item], say: Say) -> dict[str, Any]:
     Raises:
         ModelError: not one does.
     """
-    found = [o for o in _outcomes(items, [item.missing for item in items]) if o is not None]
+    found = [_run_program(item, item.missing) for item in items]
     passed = sum(outcome.verdict == "passed" for outcome in found)
     guards = found[0].guards
     if not passed:
@@ -285,7 +374,16 @@ _COLUMNS = (
     _Column("abstained", "abstains"),
     _Column("precision", "precise"),
     _Column("shown_parse_rate", "shown ok"),
+    _Column("saved", "saved"),
+    _Column("shown", "shows"),
+    _Column("whole", "whole"),
+    _Column("starts", "starts"),
+    _Column("median_passes", "p50 pass", is_share=False),
+    _Column("p90_passes", "p90 pass", is_share=False),
     _Column("mean_passes", "passes", is_share=False),
+    _Column("cold_ms", "cold ms", is_share=False),
+    _Column("warm_ms", "warm ms", is_share=False),
+    _Column("speed_up", "times", is_share=False),
     _Column("median_ms", "p50 ms", is_share=False),
     _Column("p90_ms", "p90 ms", is_share=False),
 )

@@ -17,6 +17,10 @@ Where landlock or seccomp is missing, a program made to do harm can do it; `Outc
 which guards held. No guard hides the tests from the program, which runs beside them: one made to
 deceive can find the secret by which a pass is told. Caches and cores are shared, and what the
 kernel gets wrong is wrong here too.
+
+A repository's own tests need more, and run behind a second, wider profile (`tested.py`): they may
+read their repository and the installed packages, start threads, make folders in a scratch folder,
+and use 4 GB and files of 16 MB. Processes, sockets to others and writing elsewhere stay refused.
 """
 
 import json
@@ -28,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +41,7 @@ from typing import IO, Literal
 TIMEOUT_S = 5.0
 
 _CHILD = Path(__file__).with_name("sandboxed.py")
+_TESTED = Path(__file__).with_name("tested.py")
 _MOST_REPORT_BYTES = 8192
 
 Verdict = Literal["passed", "failed", "timed out", "error"]
@@ -64,36 +70,81 @@ def run_tests(program: str, entry_point: str, *, timeout_s: float = TIMEOUT_S) -
         program: Python source that defines `check` and the function.
         entry_point: name of the function. timeout_s: by the clock, for the whole child.
     """
+    with tempfile.TemporaryDirectory(prefix="infilld-", ignore_cleanup_errors=True) as folder:
+        return _run(
+            [sys.executable, "-I", "-S", str(_CHILD)],
+            {"program": program, "entry_point": entry_point},
+            Path(folder),
+            {},
+            timeout_s,
+        )
+
+
+def run_repository(
+    folder: Path,
+    scratch: Path,
+    roots: Sequence[Path],
+    arguments: Sequence[str],
+    *,
+    timeout_s: float,
+    traced: Path | None = None,
+) -> Outcome:
+    """Run tests of a repository with pytest.
+
+    Args:
+        folder: the repository, only read. scratch: the one folder that may be written.
+        roots: from which its packages are imported, before any that is installed.
+        arguments: of pytest. timeout_s: by the clock, for the whole child.
+        traced: file in the scratch folder that is to tell the lines which ran; None: none is.
+    """
+    job = {
+        "folder": str(folder),
+        "scratch": str(scratch),
+        "roots": [str(root) for root in roots],
+        "arguments": list(arguments),
+        "traced": None if traced is None else str(traced),
+    }
+    environment = dict.fromkeys(("HOME", "TMPDIR", "HYPOTHESIS_STORAGE_DIRECTORY"), str(scratch))
+    environment |= {"LOGNAME": "nobody", "PATH": os.defpath, "LANG": "C.UTF-8"}
+    # Isolated, but with site packages: pytest is one, and so is what the tests import.
+    command = [sys.executable, "-I", "-B", str(_TESTED)]
+    return _run(command, job, folder, environment, timeout_s)
+
+
+def _run(
+    command: list[str],
+    job: Mapping[str, object],
+    folder: Path,
+    environment: dict[str, str],
+    timeout_s: float,
+) -> Outcome:
     secret = secrets.token_hex(16)
-    job = {"program": program, "entry_point": entry_point, "secret": secret}
-    with (
-        tempfile.TemporaryDirectory(prefix="infilld-", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile() as job_file,
-        tempfile.TemporaryFile() as errors,
-    ):
+    with tempfile.TemporaryFile() as job_file, tempfile.TemporaryFile() as errors:
         # A file, not a pipe: writing to it cannot block.
-        job_file.write(json.dumps(job).encode())
+        job_file.write(json.dumps({**job, "secret": secret}).encode())
         job_file.seek(0)
-        report, is_late = _run_child(folder, job_file, errors, timeout_s)
+        report, is_late = _run_child(command, folder, environment, job_file, errors, timeout_s)
         errors.seek(0)
         complaint = errors.read(_MOST_REPORT_BYTES).decode(errors="replace").strip()
     return _outcome(report, secret, complaint, timeout_s if is_late else None)
 
 
 def _run_child(
-    folder: str, job_file: IO[bytes], errors: IO[bytes], timeout_s: float
+    command: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    job_file: IO[bytes],
+    errors: IO[bytes],
+    timeout_s: float,
 ) -> tuple[bytes, bool]:
     """What the child reported, and whether it had to be ended."""
     ours, theirs = os.pipe()
     try:
         try:
             child = subprocess.Popen(
-                [
-                    *(sys.executable, "-I", "-S", str(_CHILD)),
-                    *map(str, (job_file.fileno(), theirs, int(timeout_s) + 1)),
-                ],
+                [*command, *map(str, (job_file.fileno(), theirs, int(timeout_s) + 1))],
                 cwd=folder,
-                env={},
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,

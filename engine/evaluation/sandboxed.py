@@ -15,6 +15,7 @@ import resource
 import struct
 import sys
 import types
+from collections.abc import Sequence
 from os.path import abspath
 from typing import Any
 
@@ -31,7 +32,8 @@ _SET_NO_NEW_PRIVS, _SET_SECCOMP, _FILTER = 38, 22, 2
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _ASK_VERSION, _PATH_BENEATH = 1, 1
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-_REMOVE_FILE, _MAKE_FILE, _TRUNCATE = 1 << 5, 1 << 8, 1 << 14
+_REMOVE_DIR, _REMOVE_FILE, _MAKE_DIR, _MAKE_FILE = 1 << 4, 1 << 5, 1 << 7, 1 << 8
+_MAKE_LINK, _REFER, _TRUNCATE = 1 << 12, 1 << 13, 1 << 14
 # How many rights the first three versions know; later ones add none that matter here.
 _RIGHTS = {1: 13, 2: 14, 3: 15}
 
@@ -39,10 +41,12 @@ _X86_64 = 0xC000003E
 _X32_BIT = 0x40000000
 # A refused call returns error 1, EPERM.
 _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050001
-_LOAD, _IF_EQUAL, _IF_GREATER_EQUAL, _RETURN = 0x20, 0x15, 0x35, 0x06
-_CALL_OFFSET, _MACHINE_OFFSET = 0, 4
-# socket, socketpair
-_SOCKET_CALLS = (41, 53)
+# Error 38, ENOSYS: the C library then makes its threads by clone.
+_NO_SUCH_CALL = 0x00050026
+_LOAD, _IF_EQUAL, _IF_GREATER_EQUAL, _IF_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_CALL_OFFSET, _MACHINE_OFFSET, _FIRST_ARGUMENT_OFFSET = 0, 4, 16
+_CLONE, _CLONE3, _CLONE_THREAD = 56, 435, 0x10000
+_SOCKET_CALL, _SOCKET_PAIR_CALL = 41, 53
 # clone, fork, vfork, clone3, execve, execveat
 _PROCESS_CALLS = (56, 57, 58, 435, 59, 322)
 # kill, tkill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, pidfd_open, pidfd_send_signal
@@ -106,16 +110,24 @@ def _give_up(folder: str, cpu_s: int) -> list[str]:
     return [*guards, "audit"]
 
 
-def _take_limits(cpu_s: int) -> bool:
+def _take_limits(
+    cpu_s: int,
+    *,
+    memory_bytes: int = _MEMORY_BYTES,
+    file_bytes: int = _FILE_BYTES,
+    threads: bool = False,
+) -> bool:
     """Bound what may be used; says whether every bound was taken."""
     held = True
-    for limit, most in (
-        (resource.RLIMIT_AS, _MEMORY_BYTES),
+    limits = [
+        (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_CPU, cpu_s),
-        (resource.RLIMIT_FSIZE, _FILE_BYTES),
-        (resource.RLIMIT_NPROC, 0),
+        (resource.RLIMIT_FSIZE, file_bytes),
         (resource.RLIMIT_CORE, 0),
-    ):
+    ]
+    # Threads count as processes, and so do those of the same user elsewhere.
+    limits += [] if threads else [(resource.RLIMIT_NPROC, 0)]
+    for limit, most in limits:
         hard = resource.getrlimit(limit)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         try:
@@ -125,8 +137,15 @@ def _take_limits(cpu_s: int) -> bool:
     return held
 
 
-def _take_landlock(libc: ctypes.CDLL, folder: str) -> bool:
-    """Leave only files that an interpreter needs, and the own folder. Source: landlock(7)."""
+def _take_landlock(
+    libc: ctypes.CDLL, folder: str, readable: Sequence[str] = (), *, folders: bool = False
+) -> bool:
+    """Leave only files that an interpreter needs, and the own folder. Source: landlock(7).
+
+    Args:
+        libc: the C library. folder: the own one. readable: folders that may be read too.
+        folders: and links may be made and removed there, and /dev/null written.
+    """
     version = libc.syscall(_CREATE_RULESET, None, 0, _ASK_VERSION)
     if version < 1:
         return False
@@ -136,9 +155,13 @@ def _take_landlock(libc: ctypes.CDLL, folder: str) -> bool:
     if ruleset < 0:
         return False
     own = _WRITE_FILE | _READ_FILE | _READ_DIR | _REMOVE_FILE | _MAKE_FILE | _TRUNCATE
+    if folders:
+        own |= _REMOVE_DIR | _MAKE_DIR | _MAKE_LINK | _REFER
     reading = _EXECUTE | _READ_FILE | _READ_DIR
-    allowed = dict.fromkeys((sys.base_prefix, "/usr", "/lib", "/lib64"), reading)
+    allowed = dict.fromkeys((sys.base_prefix, "/usr", "/lib", "/lib64", *readable), reading)
     allowed |= dict.fromkeys(("/dev/null", "/dev/urandom", "/etc/ld.so.cache"), _READ_FILE)
+    if folders:
+        allowed["/dev/null"] = _READ_FILE | _WRITE_FILE
     for path, access in (*allowed.items(), (folder, own)):
         try:
             beneath = os.open(path, os.O_PATH)
@@ -152,17 +175,36 @@ def _take_landlock(libc: ctypes.CDLL, folder: str) -> bool:
     return held
 
 
-def _take_seccomp(libc: ctypes.CDLL) -> bool:
-    """Refuse calls that reach beyond this process. Source: seccomp(2), bpf of linux/filter.h."""
-    calls = _SOCKET_CALLS + _PROCESS_CALLS + _SIGNAL_CALLS + _OTHERS_CALLS + _LEAVING_CALLS
+def _take_seccomp(libc: ctypes.CDLL, *, threads: bool = False) -> bool:
+    """Refuse calls that reach beyond this process. Source: seccomp(2), bpf of linux/filter.h.
+
+    Args:
+        libc: the C library. threads: may be started, and pairs of sockets between them made.
+    """
+    calls = {_SOCKET_CALL, _SOCKET_PAIR_CALL, *_PROCESS_CALLS, *_SIGNAL_CALLS}
+    calls |= {*_OTHERS_CALLS, *_LEAVING_CALLS}
+    first: list[tuple[int, int, int, int]] = []
+    if threads:
+        calls -= {_SOCKET_PAIR_CALL, _CLONE, _CLONE3}
+        # clone3 keeps its flags where a filter cannot read them.
+        first = [
+            (_IF_EQUAL, 0, 1, _CLONE3),
+            (_RETURN, 0, 0, _NO_SUCH_CALL),
+            (_IF_EQUAL, 0, 4, _CLONE),
+            (_LOAD, 0, 0, _FIRST_ARGUMENT_OFFSET),
+            (_IF_ANY_BIT, 0, 1, _CLONE_THREAD),
+            (_RETURN, 0, 0, _ALLOW),
+            (_RETURN, 0, 0, _REFUSE),
+        ]
     # Each comparison jumps over those behind it and over the return that allows.
     program = [
         (_LOAD, 0, 0, _MACHINE_OFFSET),
         (_IF_EQUAL, 1, 0, _X86_64),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _CALL_OFFSET),
+        *first,
         (_IF_GREATER_EQUAL, len(calls) + 1, 0, _X32_BIT),
-        *((_IF_EQUAL, len(calls) - index, 0, call) for index, call in enumerate(calls)),
+        *((_IF_EQUAL, len(calls) - index, 0, call) for index, call in enumerate(sorted(calls))),
         (_RETURN, 0, 0, _ALLOW),
         (_RETURN, 0, 0, _REFUSE),
     ]

@@ -25,7 +25,7 @@ def limit_of(item: Item, tokenizer: Tokenizer) -> Limit:
     missing. Nothing ends a span but its length: there the true number of tokens is given. Both
     are more than the canvas is told, except for one line.
     """
-    if item.kind in ("rest_of_line", "line", "lines", "silent"):
+    if item.kind in ("rest_of_line", "line", "lines", "silent", "repository"):
         lines = item.missing.count("\n") + 1
         return Limit(lines, lines * _MOST_TOKENS_A_LINE)
     return Limit(None, max(1, len(tokenizer.encode(item.missing))))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tiny_infill import byte_tokenizer, tiny_infiller
@@ -10,7 +11,7 @@ from infilld.engine.errors import GapTooLong, UnknownOption
 from infilld.engine.evaluation import run
 from infilld.engine.evaluation.contenders import Answer, Canvas, Retrieval, make_contender
 from infilld.engine.evaluation.items import Check, Item
-from infilld.engine.evaluation.names import CONTENDERS, SWITCHES
+from infilld.engine.evaluation.names import CONTENDERS, KINDS, SWITCHES
 from infilld.engine.evaluation.ngram import NGram
 from infilld.engine.evaluation.run import EvaluationOptions, compare, format_evaluation
 from infilld.engine.evaluation.sandbox import Outcome
@@ -238,6 +239,27 @@ def test_compare_runs_tests_of_what_is_shown(monkeypatch: pytest.MonkeyPatch) ->
     assert (found["pass_at_1"], found["tests"]) == (0.5, {"passed": 1, "abstained": 1})
 
 
+def test_another_judge_runs_the_tests_of_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[tuple[Item, str]] = []
+
+    def judge(item: Item, text: str) -> Outcome:
+        judged.append((item, text))
+        return Outcome("failed", "why")
+
+    monkeypatch.setattr(run, "make_contender", lambda name, *_: Scripted(name, ["B", None]))
+    items = [replace(ITEM, kind="repository")] * 2
+    found = compare(tiny_infiller(), items, ["canvas"], 0, judge=judge)["canvas"]
+    assert judged == [(items[0], "B")]
+    assert (found["pass_at_1"], found["tests"]) == (0.0, {"failed": 1, "abstained": 1})
+
+
+def test_silent_items_are_measured_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "make_contender", lambda name, *_: Scripted(name, ["B", None]))
+    items = [replace(ITEM, kind="silent", missing="")] * 2
+    found = compare(tiny_infiller(), items, ["canvas"], 0)["canvas"]
+    assert (found["silent"], found["noise"], found["precision"]) == (0.5, 0.5, None)
+
+
 class Scripted:
     """Gives its texts one after another."""
 
@@ -255,11 +277,11 @@ class Scripted:
         ({"kinds": ("rest",)}, "'rest' is no kind"),
         ({"contenders": ("gpt",)}, "'gpt' is no contender"),
         ({"kinds": ("benchmark",)}, "no benchmark"),
+        ({"repository": Path("x")}, "without the other"),
+        ({"tests": ("x",)}, "without the other"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(
-    options: dict[str, tuple[str]], message: str
-) -> None:
+def test_options_that_mean_nothing_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(UnknownOption, match=message) as raised:
         EvaluationOptions(**options)  # type: ignore[arg-type]
     assert raised.value.remedy
@@ -269,7 +291,7 @@ def test_kinds_and_contenders_keep_the_order_of_the_report() -> None:
     options = EvaluationOptions(kinds=("span", "line"), contenders=("n_gram", "canvas"))
     assert options.chosen_kinds() == ["line", "span"]
     assert options.chosen_contenders() == ["canvas", "n_gram"]
-    assert EvaluationOptions().chosen_kinds() == ["rest_of_line", "line", "lines", "span", "silent"]
+    assert EvaluationOptions().chosen_kinds() == [kind for kind in KINDS if kind != "benchmark"]
 
 
 def test_tables_show_shares_in_percent() -> None:

@@ -50,10 +50,13 @@ def test_nothing_given_leaves_every_default(
 
 def test_every_flag_arrives(asked: list[Any], tmp_path: Path) -> None:
     words = "eval a b --benchmark c --items 7 --kinds line,span --contenders canvas --seed 3"
-    assert cli.main([*words.split(), "--model", "/m", "--device", "cpu"]) == 0
+    tests = ["--repository", "r", "--tests", "tests -k a", "--tests", "more"]
+    assert cli.main([*words.split(), *tests, "--model", "/m", "--device", "cpu"]) == 0
     options = EvaluationOptions(
         folders=(Path("a"), Path("b")),
         benchmark=Path("c"),
+        repository=Path("r"),
+        tests=("tests -k a", "more"),
         items=7,
         seed=3,
         kinds=("line", "span"),
@@ -103,6 +106,11 @@ def test_no_benchmark_to_evaluate_is_said(capfd: pytest.CaptureFixture[str]) -> 
     assert "--benchmark" in capfd.readouterr().err
 
 
+def test_a_repository_without_tests_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", "--repository", "."]) == 1
+    assert "--tests" in capfd.readouterr().err
+
+
 def test_what_is_not_there_is_said_before_the_model_is_loaded(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +144,7 @@ def test_the_verb_in_a_process_of_its_own(tmp_path: Path) -> None:
     words = ["eval", str(code), "--benchmark", str(tmp_path), "--items", "2", "--device", "cpu"]
     # Nobody may have to wait for all of them.
     chosen = ["canvas", "causal_greedy", "retrieval", "n_gram"]
-    words += ["--kinds", "line,benchmark", "--contenders", ",".join(chosen)]
+    words += ["--kinds", "line,silent,typing,benchmark", "--contenders", ",".join(chosen)]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "infilld.server", *words, "--out", str(tmp_path / "r.json")],
         capture_output=True,
@@ -148,10 +156,10 @@ def test_the_verb_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert report["model"] == "starter"
     assert report["held_out"]["files"] == 1
     assert report["benchmark"]["own_solutions_pass"] == 1
-    assert list(report["kinds"]) == ["line", "benchmark"]
+    assert list(report["kinds"]) == ["line", "silent", "typing", "benchmark"]
     for kind, found in report["kinds"].items():
-        assert list(found["contenders"]) == chosen
-        assert found["items"] == (1 if kind == "benchmark" else 2)
+        assert list(found["contenders"]) == (["canvas"] if kind == "typing" else chosen)
+        assert found["items"] == (1 if kind in ("benchmark", "typing") else 2)
         assert f"\n{kind}: {KINDS[kind]}" in done.stdout
     # The same function stands above: what is found there is the answer, and its tests pass.
     retrieval = report["kinds"]["benchmark"]["contenders"]["retrieval"]
