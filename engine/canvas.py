@@ -1,20 +1,20 @@
-"""A gap and its pinned suffix as a row of tokens, and the row back as text.
+"""Gaps and the text given around them as a row of tokens, and the row back as text.
 
-    [ gap: fill, then fillers | head: first tokens of the suffix, pinned ]
+    [ gap: fill, then fillers | given | gap | given | head: first tokens of the suffix ]
 
-The gap is longer than any fill is expected to be; the model writes filler tokens where it needs
-no text. That is how a gap finds its own length.
+A gap is longer than any fill is expected to be; the model writes filler tokens where it needs no
+text. That is how a gap finds its own length. A model without a filler token fills gaps of several
+exact lengths instead.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from infilld.engine.errors import GapTooLong
-from infilld.engine.prompt import Controls, InfillPrompt
 from infilld.engine.sampler import Pins
 from infilld.engine.tokenizer import Tokenizer
 
@@ -35,40 +35,119 @@ def gap_kind(prefix: str, suffix: str) -> GapKind:
     return "tail" if prefix.rpartition("\n")[2].strip() else "block"
 
 
-@dataclass(frozen=True)
-class GapCanvas:
-    """Layout of one gap with its pinned head.
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """One gap on a canvas.
 
     Attributes:
-        gap_tokens: positions `[0, gap_tokens)` are the gap.
-        head: pinned suffix tokens that follow.
+        tokens: positions it has. limit_tokens: most it may grow to. min_tokens: of text.
+        one_line: no line end may be written.
+        stem: text before the gap that its first token writes again, as the start of a word.
     """
 
-    gap_tokens: int
-    head: tuple[int, ...]
+    tokens: int
+    limit_tokens: int
+    min_tokens: int = 0
+    one_line: bool = False
+    stem: str = ""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a gap starts from.
+
+    Attributes:
+        tokens: of its first positions; the others are fillers.
+        known: which of them are meant; the others start from noise. Empty: all.
+    """
+
+    tokens: tuple[int, ...]
+    known: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class CanvasLayout:
+    """Gaps, each with the pinned tokens that follow it.
+
+    Attributes:
+        gaps: in order. given: tokens behind each gap; those of the last are the head.
+    """
+
+    gaps: tuple[Gap, ...]
+    given: tuple[tuple[int, ...], ...]
 
     @property
-    def canvas_tokens(self) -> int:
+    def tokens(self) -> int:
         """Length of the row."""
-        return self.gap_tokens + len(self.head)
+        return sum(gap.tokens for gap in self.gaps) + sum(map(len, self.given))
+
+    @property
+    def slices(self) -> list[slice]:
+        """Where the gaps are."""
+        places, at = [], 0
+        for gap, given in zip(self.gaps, self.given, strict=True):
+            places.append(slice(at, at + gap.tokens))
+            at += gap.tokens + len(given)
+        return places
 
     def pins(self, rows: int, device: torch.device) -> Pins:
-        """The head imposed on `rows` rows."""
-        row = torch.zeros(self.canvas_tokens, dtype=torch.int64)
-        row[self.gap_tokens :] = torch.tensor(self.head, dtype=torch.int64)
-        mask = torch.arange(self.canvas_tokens) >= self.gap_tokens
-        shape = (rows, self.canvas_tokens)
+        """The given tokens imposed on `rows` rows."""
+        row = torch.zeros(self.tokens, dtype=torch.int64)
+        mask = torch.ones(self.tokens, dtype=torch.bool)
+        for place, given in zip(self.slices, self.given, strict=True):
+            mask[place] = False
+            row[place.stop : place.stop + len(given)] = torch.tensor(given, dtype=torch.int64)
+        shape = (rows, self.tokens)
         return Pins(mask=mask.expand(shape).to(device), tokens=row.expand(shape).to(device))
 
-    def grown(self, gap_tokens: int) -> "GapCanvas":
-        """The same head behind a longer gap."""
-        return GapCanvas(gap_tokens, self.head)
+    def grown(self, which: Iterable[int], most_tokens: int) -> "CanvasLayout | None":
+        """The layout with some gaps twice as long, as far as they may; None where none can grow.
 
+        Args:
+            which: numbers of the gaps. most_tokens: of the whole row.
+        """
+        gaps = list(self.gaps)
+        for number in which:
+            room = most_tokens - sum(gap.tokens for gap in gaps) - sum(map(len, self.given))
+            gap = gaps[number]
+            more = min(gap.tokens, gap.limit_tokens - gap.tokens, room)
+            gaps[number] = replace(gap, tokens=gap.tokens + max(0, more))
+        return replace(self, gaps=tuple(gaps)) if tuple(gaps) != self.gaps else None
 
-def head_of(prompt: InfillPrompt, controls: Controls) -> tuple[int, ...]:
-    """Suffix tokens to pin; `<eos>` stands where the text ends."""
-    ends = () if prompt.suffix_is_cut else (controls.eos,)
-    return (*prompt.suffix, *ends)[:HEAD_TOKENS]
+    def banned(
+        self,
+        tokenizer: Tokenizer,
+        vocab_tokens: int,
+        *,
+        never: Sequence[int],
+        filler: int | None,
+    ) -> Tensor:
+        """Tokens that a position may not take: [L, V] bool.
+
+        What never stands for text, and no carriage return; the filler not in the first
+        `min_tokens` positions; line ends not where text follows on the line; where there is a
+        stem, the first token writes it again.
+
+        Args:
+            tokenizer: vocabulary. vocab_tokens: V of the model.
+            never: control tokens. filler: the one of them that may be written, if there is one.
+        """
+        banned = torch.zeros(self.tokens, vocab_tokens, dtype=torch.bool)
+        for gap, place in zip(self.gaps, self.slices, strict=True):
+            banned[place, list(never)] = True
+            # Ids beyond the tokenizer's are padding of the embedding matrix.
+            banned[place, tokenizer.vocab_tokens :] = True
+            # The model writes LF; the document's own line end is put in its place afterwards.
+            banned[place, list(tokenizer.carriage_return_ids)] = True
+            if gap.one_line:
+                banned[place, list(tokenizer.newline_ids)] = True
+            if filler is not None:
+                banned[place.start : place.start + gap.min_tokens, filler] = True
+            if gap.stem:
+                allowed = torch.ones(vocab_tokens, dtype=torch.bool)
+                allowed[list(tokenizer.tokens_extending(gap.stem))] = False
+                banned[place.start] |= allowed
+        return banned
 
 
 def first_gap_tokens(
@@ -83,7 +162,7 @@ def first_gap_tokens(
     Args:
         kind: of the gap.
         selected_tokens: length of the text to be replaced; None for a cursor gap.
-        room_tokens: most that the canvas can hold beside the head.
+        room_tokens: most that the canvas can hold beside what is given.
         min_tokens, max_tokens: the request's bounds.
 
     Raises:
@@ -102,33 +181,6 @@ def first_gap_tokens(
     return min(room_tokens, max(expected, min_tokens or 0))
 
 
-def banned_tokens(
-    tokenizer: Tokenizer,
-    controls: Controls,
-    canvas: GapCanvas,
-    vocab_tokens: int,
-    *,
-    one_line: bool,
-    min_tokens: int,
-) -> Tensor:
-    """Tokens that a position may not take: [canvas_tokens, V] bool.
-
-    Control tokens but the filler never, and no carriage return; the filler not in the first
-    `min_tokens` positions; line ends not where text follows on the line.
-    """
-    banned = torch.zeros(canvas.canvas_tokens, vocab_tokens, dtype=torch.bool)
-    never = sorted(tokenizer.control_ids - {controls.filler})
-    banned[: canvas.gap_tokens, never] = True
-    # Ids beyond the tokenizer's are padding of the embedding matrix.
-    banned[: canvas.gap_tokens, tokenizer.vocab_tokens :] = True
-    # The model writes LF; the document's own line end is put in its place afterwards.
-    banned[: canvas.gap_tokens, list(tokenizer.carriage_return_ids)] = True
-    if one_line:
-        banned[: canvas.gap_tokens, list(tokenizer.newline_ids)] = True
-    banned[:min_tokens, controls.filler] = True
-    return banned
-
-
-def read_gap(tokens: Sequence[int], filler: int) -> list[int]:
+def read_gap(tokens: Sequence[int], filler: int | None) -> list[int]:
     """Positions of a gap that hold text, in order."""
     return [position for position, token in enumerate(tokens) if token != filler]

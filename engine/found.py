@@ -1,4 +1,4 @@
-"""Found drafts: what stood behind text like this, elsewhere in the same document.
+"""Found drafts: what stood behind text like this, elsewhere in the same document, or in another.
 
 Code repeats itself. Where the end of the prefix occurs again, what follows there is a good guess at
 what is missing here, often right but for its names. A canvas that starts from it instead of noise
@@ -6,10 +6,11 @@ has less to do.
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from infilld.engine.canvas import GapKind
+from infilld.engine.lines import unix
 
 # A place is compared when this many characters before it are equal; fewer only when none is found.
 _KEYS_CHARS = (24, 8, 3, 2)
@@ -36,19 +37,23 @@ class Found:
     evidence: float
 
 
-def found_drafts(prefix: str, suffix: str, kind: GapKind, *, most: int = 3) -> list[Found]:
+def found_drafts(
+    prefix: str, suffix: str, kind: GapKind, *, most: int = 3, elsewhere: Sequence[str] = ()
+) -> list[Found]:
     """Different texts that may fill the gap between prefix and suffix, best first.
 
     Args:
         prefix, suffix: of the document, with LF line ends. kind: of the gap. most: how many.
+        elsewhere: other texts that are searched.
     """
+    others = [unix(text[:_SEARCHED_CHARS]) for text in elsewhere]
     near = prefix[-_SEARCHED_CHARS:]
     best: dict[str, float] = {}
     for key_chars in _KEYS_CHARS:
         key = near[-key_chars:]
         if len(key) < key_chars:
             continue
-        for text, evidence in _places(key, near, suffix, kind):
+        for text, evidence in _places(key, near, suffix, kind, others):
             best[text] = max(best.get(text, 0.0), evidence)
         if len(best) >= most:
             break
@@ -56,9 +61,12 @@ def found_drafts(prefix: str, suffix: str, kind: GapKind, *, most: int = 3) -> l
     return [Found(text, evidence) for text, evidence in chosen]
 
 
-def _places(key: str, near: str, suffix: str, kind: GapKind) -> Iterator[tuple[str, float]]:
+def _places(
+    key: str, near: str, suffix: str, kind: GapKind, others: Sequence[str]
+) -> Iterator[tuple[str, float]]:
     """Text behind every place that `key` stands at, with its evidence."""
-    for document, is_before in ((near, True), (suffix[:_SEARCHED_CHARS], False)):
+    own = ((near, True), (suffix[:_SEARCHED_CHARS], False))
+    for document, is_before in (*own, *((text, False) for text in others)):
         # The last occurrence before the gap is the gap itself.
         end = len(document) - 1 if is_before else len(document)
         for _ in range(_MOST_PLACES):

@@ -1,39 +1,52 @@
-"""From a request to a fill: prompt, canvas, denoise, read back.
+"""From a request to its answer: targets, passages, prompts, canvases, choices.
 
-text, span ─▶ prompt ─encode▶ cache ┐
-suffix head ─▶ canvas ──────────┴▶ denoise ─▶ rows ─▶ fills ─score▶ best first, or a reason
-▲ gap full: twice as long, from the draft ┘
+request ─▶ targets ─▶ passages ─plan─▶ prompt ─encode─▶ prefix ─Filling─▶ choices ┐
+               ▲         └───── side by side, a canvas for each ─────┘            │
+               └─ repair: doubtful tokens; long rewrite: piece after piece ◀──────┴─▶ answer,
+                                                                                 or a reason
 """
 
+import re
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from infilld.engine.canvas import GapKind, gap_kind
 from infilld.engine.config import SamplerConfig
-from infilld.engine.errors import Unsupported
-from infilld.engine.found import Found, found_drafts
-from infilld.engine.gap import GapRun
-from infilld.engine.lines import unix
+from infilld.engine.errors import UnknownOption
+from infilld.engine.filling import Choice, Filling, GapResult, Watch
+from infilld.engine.follow import Followed, Memory, State
+from infilld.engine.languages import language_of
+from infilld.engine.layout import layout_of
+from infilld.engine.lines import line_end, unix
 from infilld.engine.model import DiffusionGemma
-from infilld.engine.plan import FillMethod, plan_gap
+from infilld.engine.pace import Pace
+from infilld.engine.passages import Passage, Target, passage_of, targets_of
+from infilld.engine.passes import Work, drive, together
+from infilld.engine.plan import CanvasPlan, FillMethod, Planner
 from infilld.engine.prefixes import PrefixPool
-from infilld.engine.prompt import Controls, infill_prompt
+from infilld.engine.prompt import Controls, PromptLayout
 from infilld.engine.ranking import Calibration, Weighed
+from infilld.engine.repair import doubted, pointed_at
 from infilld.engine.request import (
+    Alternative,
     CanvasUpdate,
+    DraftSpan,
     InfillRequest,
     InfillResult,
+    Reason,
     Span,
+    SpanFill,
     Timings,
     Usage,
 )
-from infilld.engine.syntax import Surroundings, is_python
+from infilld.engine.scorer import score
+from infilld.engine.thinking import thinking
 from infilld.engine.tokenizer import Tokenizer
 
 # Prompts are cut to this many tokens even where the model could read more.
 _PROMPT_TOKENS = 4096
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +55,7 @@ class Hooks:
 
     Attributes:
         on_canvas: gets a draft after every pass; None: nobody watches.
-        on_weighed: gets every candidate, the best first, before one is chosen.
+        on_weighed: gets every candidate of every gap, the best first, before one is chosen.
         check: called before encoding, between its pieces, before denoising and after every pass;
             what it raises ends the request.
         deadline_at: `time.monotonic()` reading, seconds; None: no deadline.
@@ -53,21 +66,89 @@ class Hooks:
     check: Callable[[], None] = lambda: None
     deadline_at: float | None = None
 
-    def is_late(self) -> bool:
-        """Whether the deadline has struck."""
-        return self.deadline_at is not None and time.monotonic() >= self.deadline_at
+    def is_late(self, needed_s: float = 0.0) -> bool:
+        """Whether the deadline has struck, or will before so many seconds have gone."""
+        return self.deadline_at is not None and time.monotonic() + needed_s >= self.deadline_at
 
 
 class _Struck(Exception):
     """The deadline struck before there was a canvas to show."""
 
 
+@dataclass(frozen=True)
+class _Filled:
+    """Results for the targets of a passage, in order, and what they cost."""
+
+    results: list[GapResult]
+    usage: Usage
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """One request on its way.
+
+    Attributes:
+        request, hooks, seed: see there. language: of the document, as far as it is known.
+        drafts: of every span, as they were shown last. canvases: finished before this one.
+        passes: forwards of those.
+    """
+
+    request: InfillRequest
+    hooks: Hooks
+    seed: int
+    language: str | None
+    drafts: list[DraftSpan] = field(init=False)
+    canvases: int = field(default=0, init=False)
+    passes: int = field(default=0, init=False)
+    encode_s: float = field(default=0.0, init=False)
+    _updates: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        """Nothing is shown yet."""
+        spans = self.request.spans
+        self.drafts = [DraftSpan(self.request.text[s.start : s.end], 0) for s in spans]
+
+    def show(
+        self, targets: Sequence[Target], drafts: Sequence[DraftSpan], passes: int, revised: bool
+    ) -> None:
+        """Tell who watches what the canvas holds now."""
+        if self.hooks.on_canvas is None:
+            return
+        for number in dict.fromkeys(target.number for target in targets):
+            own = [
+                (target, draft)
+                for target, draft in zip(targets, drafts, strict=True)
+                if target.number == number
+            ]
+            self.drafts[number] = self._composed(number, own)
+        update = CanvasUpdate(
+            self._updates, self.canvases, self.passes + passes, tuple(self.drafts), revised
+        )
+        self._updates += 1
+        self.hooks.on_canvas(update)
+
+    def _composed(self, number: int, own: list[tuple[Target, DraftSpan]]) -> DraftSpan:
+        pieces = [(target, draft.text) for target, draft in own]
+        text = composed(self.request, number, pieces)
+        first, draft = own[0]
+        settled = draft.settled
+        if len(own) > 1 or first.span.start != self.request.spans[number].start:
+            settled = 0
+        elif settled:
+            settled += len(first.start)
+        return DraftSpan(text, min(settled, len(text)))
+
+
 class Infiller:
-    """Serves infill requests with one model, one after another; not for several threads.
+    """Serves infill requests with one model; not for several threads.
 
     Args:
         model: weights. tokenizer: its vocabulary. sampler: its generation configuration.
         method: how gaps are filled. calibration: of the model's confidence, if it has one.
+        layout: of its prompts; None: that of its infill marks.
+
+    Raises:
+        Unsupported: no layout is known for the model.
     """
 
     def __init__(
@@ -77,11 +158,18 @@ class Infiller:
         sampler: SamplerConfig,
         method: FillMethod | None = None,
         calibration: Calibration | None = None,
+        layout: PromptLayout | None = None,
     ) -> None:
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
         self.method, self.calibration = method or FillMethod(), calibration
+        self.layout = layout or layout_of(tokenizer, None)
         self.controls = Controls.of(tokenizer)
+        self.pace = Pace()
         self._prefixes = PrefixPool(model)
+        self._memory = Memory()
+        self._planner = Planner(
+            tokenizer, self.layout, model.config, self.prompt_tokens, self.method
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -90,114 +178,327 @@ class Infiller:
         return min(_PROMPT_TOKENS, max(8, config.max_positions - config.canvas_tokens))
 
     def infill(self, request: InfillRequest, hooks: Hooks | None = None) -> InfillResult:
-        """Fill the span of a request.
+        """Fill the spans of a request; see `work`."""
+        return drive(self.model, self.work(request, hooks))
+
+    def work(self, request: InfillRequest, hooks: Hooks | None = None) -> Work[InfillResult]:
+        """Fill the spans of a request, as work that can share its passes with others.
 
         Raises:
             Unsupported: more than the loaded model can do.
-            GapTooLong: the fill would not fit a canvas.
+            GapTooLong: the fill would not fit a canvas. ContextTooLong: the prompt not the model.
             ModelError: the model's output means nothing.
         """
-        hooks = hooks or Hooks()
         started = time.monotonic()
-        span, controls = self._accepted(request)
         seed = secrets.randbits(63) if request.seed is None else request.seed
+        job = _Job(request=request, hooks=hooks or Hooks(), seed=seed, language=_language(request))
         result = InfillResult(id=secrets.token_hex(8), seed=seed)
-        prefix, suffix = unix(request.text[: span.start]), unix(request.text[span.end :])
-        prompt = infill_prompt(self.tokenizer, controls, prefix, suffix, self.prompt_tokens)
-        # Before anything is computed: a gap that cannot fit is refused, not tried.
-        kind = gap_kind(prefix, suffix)
-        plan = plan_gap(
-            request,
-            span,
-            kind,
-            prompt,
-            self.tokenizer,
-            controls,
-            self.model.config,
-            found=self._found(span, prefix, suffix, kind),
-            method=self.method,
+        if "\0" in request.text:
+            why = "The text looks binary: it holds NUL characters."
+            return replace(result, reason="filtered", why=why)
+        result = yield from self._answered(job, result)
+        total = time.monotonic() - started
+        timings = Timings(
+            encode_ms=1e3 * job.encode_s,
+            denoise_ms=1e3 * (total - job.encode_s),
+            total_ms=1e3 * total,
         )
-        encoded = started
+        return replace(result, timings=timings)
+
+    def forget(self) -> None:
+        """Drop every encoded prefix, and what was computed for documents."""
+        self._prefixes.clear()
+        self._memory.clear()
+
+    def _answered(self, job: _Job, result: InfillResult) -> Work[InfillResult]:
+        """The result with its alternatives, or with the reason for none."""
+        targets = targets_of(job.request)
+        if job.request.repair is not None:
+            targets = yield from self._suspected(job, targets)
+            if not targets:
+                why = "Nothing in the selected text looks wrong."
+                return replace(result, reason="empty", why=why)
+        long = {target: split for target in targets if len(split := self._pieces(job, target)) > 1}
+        short = [target for target in targets if target not in long]
+        works = []
+        for passage in self._planner.passages(job.request, short):
+            # Planned before anything is computed: what cannot fit is refused, not tried.
+            followed = self._followed(job, passage)
+            plan = self._planner.plan(job.request, passage, followed)
+            works.append(self._filled(job, plan))
+        works += [self._rewritten(job, target, pieces) for target, pieces in long.items()]
+        filled = yield from together(works)
+        usage = Usage(
+            prompt_tokens=sum(each.usage.prompt_tokens for each in filled),
+            cached_tokens=sum(each.usage.cached_tokens for each in filled),
+            canvas_tokens=sum(each.usage.canvas_tokens for each in filled),
+            # Canvases side by side share their passes.
+            passes=max(each.usage.passes for each in filled),
+        )
+        results = [one for each in filled for one in each.results]
+        ordered = [*short, *(piece for target in long for piece in long[target])]
+        return replace(_with_choices(job.request, result, ordered, results), usage=usage)
+
+    def _pieces(self, job: _Job, target: Target) -> list[Target]:
+        """A selection that is too long for a canvas, in pieces of whole lines."""
+        if not target.selection or target.is_suspect:
+            return [target]
+        raw = job.request.text[target.span.start : target.span.end]
+        lengths = self._planner.pieces(_LINE.findall(raw))
+        if len(lengths) == 1:
+            return [target]
+        if target.draft is not None:
+            raise UnknownOption(
+                "a draft for a selection of several canvases",
+                remedy="Leave the draft out, or select less.",
+            )
+        pieces, at = [], target.span.start
+        for number, length in enumerate(lengths):
+            span = Span(at, at + length)
+            piece = Target(
+                number=target.number,
+                span=span,
+                selection=unix(job.request.text[span.start : span.end]),
+                start=target.start if number == 0 else "",
+                end=target.end if number == len(lengths) - 1 else "",
+            )
+            pieces.append(piece)
+            at += length
+        return pieces
+
+    def _rewritten(self, job: _Job, target: Target, pieces: Sequence[Target]) -> Work[_Filled]:
+        """A long selection, canvas after canvas; each sees what was written before it."""
+        results: list[GapResult] = []
+        costs: list[Usage] = []
+        whole = passage_of(job.request.text, [target])
+        before = whole.before
+        for number, piece in enumerate(pieces):
+            rest = "".join(later.selection for later in pieces[number + 1 :])
+            passage = Passage(
+                before=before, targets=(piece,), between=(), after=whole.after, head=rest or None
+            )
+            filled = yield from self._filled(job, self._planner.plan(job.request, passage))
+            (result,) = filled.results
+            results.append(result)
+            costs.append(filled.usage)
+            before += result.choices[0].text if result.choices else piece.selection
+            job.canvases += 1
+            job.passes += filled.usage.passes
+        return _Filled(results, _sum(costs))
+
+    def _followed(self, job: _Job, passage: Passage) -> Followed | None:
+        """What is known of a gap from before the last keystroke."""
+        document = job.request.document
+        if document is None or not self.method.follows or not _can_follow(job.request, passage):
+            return None
+        return self._memory.follow(document, passage.before, passage.after)
+
+    def _filled(self, job: _Job, plan: CanvasPlan) -> Work[_Filled]:
+        """Encode a prompt, and fill its passage."""
+        request, hooks = job.request, job.hooks
+        usage = Usage(prompt_tokens=len(plan.prompt_ids))
+
+        def struck(why: str) -> _Filled:
+            nothing = GapResult(choices=(), reason="deadline", why=why, texts=())
+            return _Filled([nothing] * len(plan.gaps), usage)
 
         def check() -> None:
             hooks.check()
-            if hooks.is_late():
+            if hooks.is_late(self.pace.piece_s):
                 raise _Struck
 
+        began = time.monotonic()
         try:
             check()
-            cache, cached = self._prefixes.encode(prompt.ids, check)
-            encoded = time.monotonic()
-            usage = Usage(prompt_tokens=len(prompt.ids), cached_tokens=cached)
-            result = replace(result, usage=usage)
-            check()
+            ids = plan.prompt_ids
+            if plan.prompt.thought_ends:
+                ids = yield from thinking(
+                    self.model, self.sampler, self._prefixes, plan.prompt, job.seed, check
+                )
+            encoding = self._prefixes.encoding(ids, self.pace.timed(check))
+            prefix, cached = yield from encoding
         except _Struck:
-            why = "The deadline struck before the first pass."
-            result = replace(result, reason="deadline", why=why)
-        else:
+            return struck("The deadline struck before the first pass.")
+        finally:
+            job.encode_s = max(job.encode_s, time.monotonic() - began)
+        try:
+            usage = replace(usage, cached_tokens=cached)
             if request.warm:
                 why = "Only the prompt was encoded, as asked."
-                result = replace(result, reason="empty", why=why)
-            else:
-                run = GapRun(
-                    model=self.model,
-                    tokenizer=self.tokenizer,
-                    sampler=self.sampler,
-                    controls=controls,
-                    plan=plan,
-                    cache=cache,
-                    seed=seed,
-                    calibration=self.calibration,
-                    surroundings=self._surroundings(request, prefix, suffix),
-                    on_canvas=hooks.on_canvas,
+                nothing = GapResult(choices=(), reason="empty", why=why, texts=())
+                return _Filled([nothing] * len(plan.gaps), usage)
+            if hooks.is_late(self.pace.needed_s(passes=0 if plan.is_settled else 1)):
+                return struck("The deadline left no time for a pass.")
+            targets = plan.passage.targets
+            on_drafts = None
+            if hooks.on_canvas is not None:
+
+                def on_drafts(drafts: Sequence[DraftSpan], passes: int, revised: bool) -> None:
+                    job.show(targets, drafts, passes, revised)
+
+            run = Filling(
+                model=self.model,
+                tokenizer=self.tokenizer,
+                sampler=self.sampler,
+                method=self.method,
+                calibration=self.calibration,
+                filler=self.layout.filler,
+                plan=plan,
+                prefix=prefix,
+                seed=job.seed,
+                boldness=request.boldness,
+                language=job.language,
+                watch=Watch(
+                    on_drafts=on_drafts,
                     on_weighed=hooks.on_weighed,
                     check=hooks.check,
-                    is_late=hooks.is_late,
-                )
-                result = run.finish(result)
-        return replace(result, timings=_timings(started, encoded))
-
-    def forget(self) -> None:
-        """Drop every encoded prefix."""
-        self._prefixes.clear()
-
-    def _found(self, span: Span, prefix: str, suffix: str, kind: GapKind) -> list[Found]:
-        """Drafts for a gap; text that is to be replaced is not looked for elsewhere."""
-        if span.start < span.end or not self.method.found_drafts:
-            return []
-        return found_drafts(prefix, suffix, kind, most=self.method.found_texts)
-
-    def _surroundings(
-        self, request: InfillRequest, prefix: str, suffix: str
-    ) -> Surroundings | None:
-        """What a fill must fit; None: nothing is held back."""
-        if not self.method.holds_back:
-            return None
-        return Surroundings(prefix, suffix, is_python=is_python(request.path, request.language))
-
-    def _accepted(self, request: InfillRequest) -> tuple[Span, Controls]:
-        if self.controls is None:
-            raise Unsupported(
-                "the loaded model was not trained to infill: its vocabulary has no filler token",
-                remedy="Use the starter model: `infilld models use starter`.",
+                    is_late=lambda: hooks.is_late(self.pace.needed_s(passes=1)),
+                    until=hooks.deadline_at,
+                ),
             )
-        if len(request.spans) > 1:
-            raise Unsupported(
-                f"{len(request.spans)} spans in one request",
-                remedy="Send one request for each span.",
+            results = yield from self.pace.passes(run.work())
+        finally:
+            self._prefixes.give_back(prefix)
+        self._remember(job, plan, run, results)
+        usage = replace(usage, canvas_tokens=run.canvas_tokens, passes=run.passes)
+        return _Filled(results, usage)
+
+    def _remember(
+        self, job: _Job, plan: CanvasPlan, run: Filling, results: Sequence[GapResult]
+    ) -> None:
+        """Keep what was computed for the next keystroke."""
+        document, passage = job.request.document, plan.passage
+        if document is None or not _can_follow(job.request, passage):
+            return
+        (result,) = results
+        shown = result.choices[0].text if result.choices else None
+        texts = tuple(dict.fromkeys(([] if shown is None else [shown]) + list(result.texts)))
+        state = State(
+            before=passage.before,
+            after=passage.after,
+            texts=texts,
+            shown=shown,
+            is_settled=run.is_finished and shown is not None,
+        )
+        self._memory.keep(document, state)
+
+    def _suspected(self, job: _Job, targets: Sequence[Target]) -> Work[list[Target]]:
+        """The parts of the targets that are to be repaired."""
+        request = job.request
+        if request.pins or request.drafts:
+            raise UnknownOption(
+                "a repair with pins or drafts", remedy="Send the repair without them."
             )
-        if request.instruction:
-            raise Unsupported(
-                "the loaded model does not follow instructions",
-                remedy="Leave the instruction out: the selection is then written anew.",
-            )
-        return request.spans[0], self.controls
+        if request.repair:
+            return [
+                part
+                for target in targets
+                for part in pointed_at(target, request.text, request.repair)
+            ]
+        found: list[Target] = []
+        for target in targets:
+            passage = passage_of(request.text, [target])
+            prompt = self._planner.prompt(request, passage)
+            prefix, _ = yield from self._prefixes.encoding(prompt.ids, job.hooks.check)
+            try:
+                ids = self.tokenizer.encode(target.selection)
+                (logs,) = score(self.model, prefix, [ids])
+            finally:
+                self._prefixes.give_back(prefix)
+            found += doubted(target, request.text, logs, self.tokenizer)
+        return found
 
 
-def _timings(started: float, encoded: float) -> Timings:
-    now = time.monotonic()
-    return Timings(
-        encode_ms=1e3 * (encoded - started),
-        denoise_ms=1e3 * (now - encoded),
-        total_ms=1e3 * (now - started),
+def _language(request: InfillRequest) -> str | None:
+    """The language of a document, as far as it is known; one without a name counts as Python."""
+    if request.path is None and request.language is None:
+        return "python"
+    return language_of(request.path, request.language)
+
+
+def _can_follow(request: InfillRequest, passage: Passage) -> bool:
+    """Whether what is typed next is likely to continue this gap."""
+    (target, *others) = passage.targets
+    is_plain = request.instruction is None and request.repair is None
+    return is_plain and not others and len(request.spans) == 1 and not target.selection
+
+
+def composed(
+    request: InfillRequest, number: int, pieces: Sequence[tuple[Target, str | None]]
+) -> str:
+    """New text of a span: of each piece the text with the pins around it, and all else as it is.
+
+    Args:
+        request: the span is of. number: of the span.
+        pieces: targets in the span, in order, with their texts; None: it stays as it is.
+    """
+    span, parts = request.spans[number], []
+    at = span.start
+    for target, text in pieces:
+        parts.append(request.text[at : target.span.start])
+        if text is None:
+            parts.append(request.text[target.span.start : target.span.end])
+        else:
+            newline = line_end(request.text, target.span.start)
+            parts.append(unix(target.start + text + target.end).replace("\n", newline))
+        at = target.span.end
+    parts.append(request.text[at : span.end])
+    return "".join(parts)
+
+
+def _with_choices(
+    request: InfillRequest,
+    result: InfillResult,
+    targets: Sequence[Target],
+    results: Sequence[GapResult],
+) -> InfillResult:
+    """The result with the choices of all targets put together."""
+    silent = [each for each in results if not each.choices]
+    if len(silent) == len(results):
+        return replace(result, reason=silent[0].reason, why=silent[0].why)
+    pairs = sorted(zip(targets, results, strict=True), key=lambda pair: pair[0].span.start)
+    alternatives: dict[tuple[str, ...], Alternative] = {}
+    for rank in range(max(len(each.choices) for each in results)):
+        spans: list[SpanFill] = []
+        scores: list[float] = []
+        for number, span in enumerate(request.spans):
+            pieces: list[tuple[Target, str | None]] = []
+            confidences: list[float] = []
+            for target, each in pairs:
+                if target.number == number:
+                    choice = _ranked(each, rank)
+                    pieces.append((target, None if choice is None else choice.text))
+                    if choice is not None:
+                        confidences.append(choice.confidence)
+                        scores.append(choice.score)
+            text = composed(request, number, pieces)
+            # A span of several pieces is as likely as the worst of them; one that stays is none.
+            spans.append(SpanFill(span.start, span.end, text, min(confidences, default=0.0)))
+        key = tuple(span.text for span in spans)
+        alternatives.setdefault(key, Alternative(tuple(spans), sum(scores) / len(scores)))
+    why = ""
+    if silent:
+        why = f"{len(silent)} of {len(results)} places stay as they are: {silent[0].why}"
+    reason: Reason = "ok"
+    return replace(
+        result,
+        alternatives=tuple(alternatives.values())[: request.alternatives],
+        reason=reason,
+        why=why,
+    )
+
+
+def _ranked(result: GapResult, rank: int) -> Choice | None:
+    """The choice of a rank, or the last one there is; None where there is none."""
+    if not result.choices:
+        return None
+    return result.choices[min(rank, len(result.choices) - 1)]
+
+
+def _sum(costs: Sequence[Usage]) -> Usage:
+    return Usage(
+        prompt_tokens=max(each.prompt_tokens for each in costs),
+        cached_tokens=costs[0].cached_tokens,
+        canvas_tokens=sum(each.canvas_tokens for each in costs),
+        passes=sum(each.passes for each in costs),
     )

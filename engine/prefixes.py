@@ -1,21 +1,38 @@
 """The encoded prefixes of the last few documents; a request takes the one that fits best."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from infilld.engine.cache import PrefixCache
-from infilld.engine.model import DiffusionGemma
+from infilld.engine.model import ENCODE_CHUNK_TOKENS, DiffusionGemma
+from infilld.engine.passes import Work
 
 _CACHES = 4
 # How far typing back may go in sliding layers before the prompt is encoded anew.
 _TRIM_MARGIN_TOKENS = 512
 # A smaller share in common (marks, an import line) is no reason to lose another document.
 _SAME_DOCUMENT = 0.25
+# On a CPU so many take about as long as a pass over a canvas; others get their turn in between.
+_CPU_PIECE_TOKENS = 128
+
+
+@dataclass(eq=False)
+class Prefix:
+    """An encoded prompt.
+
+    Attributes:
+        cache: its keys and values. last_hidden: hidden state [D] of its last token.
+    """
+
+    cache: PrefixCache
+    last_hidden: Tensor
 
 
 class PrefixPool:
-    """Up to four prefix caches, the least recently used first.
+    """Prefix caches of up to four documents, the least recently used first; more while in use.
 
     Args:
         model: encodes.
@@ -24,37 +41,61 @@ class PrefixPool:
     def __init__(self, model: DiffusionGemma) -> None:
         self._model = model
         self._caches: list[PrefixCache] = []
+        self._used: list[PrefixCache] = []
+        is_cpu = model.device.type == "cpu"
+        self._piece_tokens = _CPU_PIECE_TOKENS if is_cpu else ENCODE_CHUNK_TOKENS
 
     def clear(self) -> None:
-        """Drop every prefix."""
+        """Drop every prefix; those in use are dropped when they are given back."""
         self._caches.clear()
 
-    def encode(
-        self, ids: Sequence[int], check: Callable[[], None] | None = None
-    ) -> tuple[PrefixCache, int]:
-        """A cache that holds exactly `ids`, and how many of them it held already.
+    def encoding(
+        self, ids: Sequence[int], check: Callable[[], None] = lambda: None
+    ) -> Work[tuple[Prefix, int]]:
+        """A prefix of exactly `ids`, and how many of them were encoded already.
+
+        It belongs to the caller until `give_back`, or until this work is ended early.
 
         Args:
             ids: of the prompt, at least one.
-            check: see `DiffusionGemma.encode`; what was encoded until it raises is kept.
+            check: called before every piece of a long prompt; what it raises ends the encoding,
+                and what was encoded until then is kept.
         """
         cache = self._chosen(ids)
-        self._caches = [other for other in self._caches if other is not cache] + [cache]
-        cached = cache.reuse(ids)
-        unread = torch.tensor(ids[cached:], dtype=torch.int64, device=self._model.device)
+        self._caches = [other for other in self._caches if other is not cache]
+        self._used.append(cache)
         try:
-            self._model.encode(unread, cache, check)
+            cached = cache.match(ids)
+            # The last token's hidden state predicts what follows: it is always read anew.
+            kept = cache.trim(min(cached, len(ids) - 1))
+            unread = torch.tensor(ids[kept:], dtype=torch.int64, device=self._model.device)
+            for piece in torch.split(unread, self._piece_tokens):
+                check()
+                hidden = self._model.encode(piece, cache)
+                yield []
         except RuntimeError:
             # Out of memory, say: nothing is known of what the cache holds now.
-            self._caches.remove(cache)
+            self._used.remove(cache)
             raise
-        return cache, cached
+        except BaseException:
+            self._give_back(cache)
+            raise
+        return Prefix(cache, hidden[-1]), cached if kept else 0
+
+    def give_back(self, prefix: Prefix) -> None:
+        """Let others have it."""
+        self._give_back(prefix.cache)
+
+    def _give_back(self, cache: PrefixCache) -> None:
+        if cache in self._used:
+            self._used.remove(cache)
+            self._caches = [*self._caches, cache][-_CACHES:]
 
     def _chosen(self, ids: Sequence[int]) -> PrefixCache:
         shared = {id(cache): cache.match(ids) for cache in self._caches}
         best = max(self._caches, key=lambda cache: shared[id(cache)], default=None)
         if best is not None and shared[id(best)] >= _SAME_DOCUMENT * len(ids):
             return best
-        if len(self._caches) < _CACHES:
+        if len(self._caches) + len(self._used) < _CACHES or not self._caches:
             return self._model.new_cache(_TRIM_MARGIN_TOKENS)
         return self._caches[0]

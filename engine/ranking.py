@@ -19,6 +19,8 @@ from infilld.engine.errors import CheckpointMismatch
 CALIBRATION = "calibration.json"
 # Equal characters beyond so many tell no more.
 _MOST_EVIDENCE = 60.0
+# What the shyest setting asks for.
+_SHY = 0.9
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,18 @@ class Calibration:
         except (ValueError, TypeError, AttributeError) as error:
             raise CheckpointMismatch(f"{path} is not a calibration: {error}") from error
 
+    def least_confidence(self, boldness: float | None) -> float:
+        """Confidence below which a fill is held back.
+
+        Args:
+            boldness: 0 shows what is nearly certain, 1 everything, 0.5 or None as calibrated.
+        """
+        if boldness is None or boldness == 0.5:
+            return self.show_above
+        if boldness > 0.5:
+            return self.show_above * 2 * (1 - boldness)
+        return self.show_above + (_SHY - self.show_above) * (1 - 2 * boldness)
+
     def confidence(self, features: dict[str, float]) -> float:
         """Probability of being right, in (0, 1)."""
         total = self.bias
@@ -109,6 +123,7 @@ def features_of(candidate: Candidate, logs: Tensor) -> dict[str, float]:
         "suffix_nats": float(logs[own:].sum()) / 10,
         "worst_nats": float(logs[:own].min()) / 10 if own else 0.0,
         "tokens": own / 10,
+        "is_empty": float(not candidate.text),
         "rows": candidate.rows,
         "is_causal": float(candidate.is_causal),
         "is_found": float(evidence > 0),
@@ -133,9 +148,16 @@ def weigh(
     found = []
     for candidate, each in zip(candidates, logs, strict=True):
         features = features_of(candidate, each)
-        mean = float(each.mean())
+        mean = float(each.mean()) if len(each) else 0.0
         confidence = math.exp(mean) if calibration is None else calibration.confidence(features)
         found.append(Weighed(candidate, mean, features, confidence))
     if calibration is None:
-        return sorted(found, key=lambda w: -(w.features["fill_nats"] + w.features["suffix_nats"]))
+        # No text at all is always the likeliest: only a calibration can say how likely.
+        return sorted(
+            found,
+            key=lambda w: (
+                not w.candidate.text,
+                -(w.features["fill_nats"] + w.features["suffix_nats"]),
+            ),
+        )
     return sorted(found, key=lambda weighed: -weighed.confidence)

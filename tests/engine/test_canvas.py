@@ -1,40 +1,34 @@
-"""A gap's layout: what may stand where, and how long it starts."""
+"""A canvas's layout: what may stand where, how long gaps start, and how they grow."""
 
 import pytest
 import torch
 from tiny_infill import byte_tokenizer
 
-from infilld.engine.canvas import (
-    HEAD_TOKENS,
-    GapCanvas,
-    banned_tokens,
-    first_gap_tokens,
-    gap_kind,
-    head_of,
-    read_gap,
-)
+from infilld.engine.canvas import CanvasLayout, Gap, first_gap_tokens, gap_kind, read_gap
 from infilld.engine.errors import GapTooLong
-from infilld.engine.prompt import Controls, infill_prompt
+from infilld.engine.prompt import Controls
 
 TOKENIZER = byte_tokenizer()
 CONTROLS = Controls.of(TOKENIZER)
 assert CONTROLS is not None
-CANVAS = GapCanvas(6, tuple(TOKENIZER.encode("ab")))
+FILLER = CONTROLS.filler
+HEAD = tuple(TOKENIZER.encode("ab"))
+VOCAB = TOKENIZER.vocab_tokens + 3
 
 
-def banned(*, one_line: bool = False, min_tokens: int = 0) -> torch.Tensor:
-    assert CONTROLS is not None
-    vocab = TOKENIZER.vocab_tokens + 3
-    return banned_tokens(
-        TOKENIZER, CONTROLS, CANVAS, vocab, one_line=one_line, min_tokens=min_tokens
-    )
+def gap(tokens: int = 6, limit: int = 99, **about: object) -> Gap:
+    return Gap(tokens=tokens, limit_tokens=limit, **about)  # type: ignore[arg-type]
+
+
+def banned(layout: CanvasLayout) -> torch.Tensor:
+    never = sorted(TOKENIZER.control_ids - {FILLER})
+    return layout.banned(TOKENIZER, VOCAB, never=never, filler=FILLER)
 
 
 def test_control_tokens_stay_out_of_a_gap_but_the_filler() -> None:
-    assert CONTROLS is not None
-    mask = banned()
+    mask = banned(CanvasLayout((gap(),), (HEAD,)))
     for token in TOKENIZER.control_ids:
-        assert mask[:6, token].all() == (token != CONTROLS.filler)
+        assert mask[:6, token].all() == (token != FILLER)
     # Ids beyond the vocabulary stand for nothing; the head is pinned and needs no ban.
     assert mask[:6, TOKENIZER.vocab_tokens :].all()
     assert not mask[6:].any()
@@ -42,33 +36,47 @@ def test_control_tokens_stay_out_of_a_gap_but_the_filler() -> None:
 
 def test_line_ends() -> None:
     (lf,), (cr,) = TOKENIZER.encode("\n"), TOKENIZER.encode("\r")
-    assert not banned()[:, lf].any()
-    assert banned(one_line=True)[:6, lf].all()
-    assert banned()[:6, cr].all()
+    layout = CanvasLayout((gap(), gap(one_line=True)), (HEAD, HEAD))
+    mask = banned(layout)
+    assert not mask[:6, lf].any()
+    assert mask[8:14, lf].all()
+    assert mask[:6, cr].all()
 
 
 def test_a_gap_of_at_least_some_tokens_has_its_fillers_behind_them() -> None:
-    assert CONTROLS is not None
-    filler = banned(min_tokens=4)[:6, CONTROLS.filler]
-    assert filler.tolist() == [True] * 4 + [False] * 2
+    mask = banned(CanvasLayout((gap(min_tokens=4),), (HEAD,)))
+    assert mask[:6, FILLER].tolist() == [True] * 4 + [False] * 2
 
 
-def test_pins_are_the_head() -> None:
-    pins = CANVAS.pins(2, torch.device("cpu"))
-    noise = torch.full((2, CANVAS.canvas_tokens), 99)
-    assert pins.impose(noise).tolist() == [[99] * 6 + list(CANVAS.head)] * 2
+def test_a_stem_is_written_again_by_the_first_token() -> None:
+    (x,), (y,) = TOKENIZER.encode("x"), TOKENIZER.encode("y")
+    mask = banned(CanvasLayout((gap(stem="x"),), (HEAD,)))
+    assert not mask[0, x]
+    assert mask[0].sum() == VOCAB - 1
+    assert not mask[1, y]
 
 
-@pytest.mark.parametrize(
-    ("suffix", "ends"),
-    [("", True), ("ab", True), ("x" * (HEAD_TOKENS - 1), True), ("x" * 999, False)],
-)
-def test_a_head_ends_where_the_text_ends(suffix: str, ends: bool) -> None:
-    assert CONTROLS is not None
-    head = head_of(infill_prompt(TOKENIZER, CONTROLS, "a", suffix, 512), CONTROLS)
-    assert (head[-1] == CONTROLS.eos) == ends
-    assert suffix.startswith(TOKENIZER.text(head))
-    assert len(head) <= HEAD_TOKENS
+def test_pins_are_what_is_given() -> None:
+    layout = CanvasLayout((gap(3), gap(2)), ((7, 8), HEAD))
+    pins = layout.pins(2, torch.device("cpu"))
+    noise = torch.full((2, layout.tokens), 99)
+    assert pins.impose(noise).tolist() == [[99] * 3 + [7, 8] + [99] * 2 + list(HEAD)] * 2
+    assert layout.slices == [slice(0, 3), slice(5, 7)]
+
+
+def test_gaps_grow_as_far_as_they_may() -> None:
+    layout = CanvasLayout((gap(3), gap(4, limit=5)), ((7, 8), HEAD))
+    grown = layout.grown([0], 64)
+    assert grown is not None
+    assert [each.tokens for each in grown.gaps] == [6, 4]
+    both = layout.grown([0, 1], 13)
+    assert both is not None
+    assert [each.tokens for each in both.gaps] == [5, 4], "the canvas ends at 13"
+    second = layout.grown([1], 64)
+    assert second is not None
+    assert [each.tokens for each in second.gaps] == [3, 5]
+    assert second.grown([1], 64) is None
+    assert layout.grown([], 64) is None
 
 
 @pytest.mark.parametrize(

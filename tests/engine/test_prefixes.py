@@ -1,12 +1,28 @@
 """The pool keeps the documents in use apart, and forgets what broke."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from tiny_infill import tiny_config, tiny_model
 
-from infilld.engine.prefixes import PrefixPool
+from infilld.engine.passes import drive
+from infilld.engine.prefixes import Prefix, PrefixPool
 
 MODEL = tiny_model(tiny_config())
+
+
+def encode(
+    pool: PrefixPool, ids: list[int], check: Callable[[], None] = lambda: None
+) -> tuple[Prefix, int]:
+    return drive(MODEL, pool.encoding(ids, check))
+
+
+def visit(pool: PrefixPool, ids: list[int]) -> int:
+    """Encode and give back; how many were there already."""
+    prefix, cached = encode(pool, ids)
+    pool.give_back(prefix)
+    return cached
 
 
 def document(number: int, length: int = 40) -> list[int]:
@@ -16,18 +32,19 @@ def document(number: int, length: int = 40) -> list[int]:
 def test_a_document_comes_back_to_its_own_prefix() -> None:
     pool = PrefixPool(MODEL)
     for number in (1, 2, 3, 4):
-        assert pool.encode(document(number))[1] == 0
-    cache, cached = pool.encode(document(2, 45))
+        assert visit(pool, document(number)) == 0
+    prefix, cached = encode(pool, document(2, 45))
     assert cached == 40
-    assert cache.ids == tuple(document(2, 45))
+    assert prefix.cache.ids == tuple(document(2, 45))
+    pool.give_back(prefix)
     # The least recently used one made room for the fifth.
-    pool.encode(document(5))
-    assert pool.encode(document(3))[1] == 40
-    assert pool.encode(document(1))[1] == 0
+    visit(pool, document(5))
+    assert visit(pool, document(3)) == 40
+    assert visit(pool, document(1)) == 0
 
 
 def test_what_a_check_interrupts_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infilld.engine.model.ENCODE_CHUNK_TOKENS", 16)
+    monkeypatch.setattr("infilld.engine.prefixes._CPU_PIECE_TOKENS", 16)
     pool = PrefixPool(MODEL)
     calls = iter(range(9))
 
@@ -36,14 +53,14 @@ def test_what_a_check_interrupts_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        pool.encode(document(1), check)
-    assert pool.encode(document(1))[1] == 32
+        encode(pool, document(1), check)
+    assert visit(pool, document(1)) == 32
 
 
 def test_running_out_of_memory_forgets_the_prefix_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = PrefixPool(MODEL)
-    pool.encode(document(1))
-    pool.encode(document(2))
+    visit(pool, document(1))
+    visit(pool, document(2))
     asked = iter(range(99))
     allocate = torch.Tensor.new_empty
 
@@ -56,6 +73,34 @@ def test_running_out_of_memory_forgets_the_prefix_alone(monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", scarce)
         with pytest.raises(torch.OutOfMemoryError):
-            pool.encode(document(1, 90))
-    assert pool.encode(document(1, 90))[1] == 0
-    assert pool.encode(document(2))[1] == 40
+            visit(pool, document(1, 90))
+    assert visit(pool, document(1, 90)) == 0
+    assert visit(pool, document(2)) == 40
+
+
+def test_who_uses_a_prefix_has_it_alone() -> None:
+    pool = PrefixPool(MODEL)
+    mine, _ = encode(pool, document(1))
+    yours, cached = encode(pool, document(1))
+    assert mine.cache is not yours.cache
+    assert cached == 0
+    pool.give_back(mine)
+    assert visit(pool, document(1, 41)) == 40
+    pool.give_back(yours)
+
+
+def test_work_that_is_given_up_gives_its_prefix_back() -> None:
+    pool = PrefixPool(MODEL)
+    work = pool.encoding(document(1))
+    next(work)
+    work.close()
+    assert visit(pool, document(1)) == 40
+
+
+def test_the_last_hidden_state_is_that_of_the_prompts_end() -> None:
+    pool = PrefixPool(MODEL)
+    for ids in (document(1), document(1), document(1, 30)):
+        prefix, _ = encode(pool, ids)
+        expected = MODEL.encode(torch.tensor(ids), MODEL.new_cache())[-1]
+        torch.testing.assert_close(prefix.last_hidden, expected, atol=1e-5, rtol=1e-4)
+        pool.give_back(prefix)

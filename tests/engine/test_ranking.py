@@ -127,9 +127,9 @@ def test_what_is_improbable_is_held_back_with_its_chance() -> None:
 
 
 def test_what_breaks_the_document_is_held_back() -> None:
-    # The only text that is trusted closes a bracket that is not open here.
+    # The only text that is trusted opens a block where none may be.
     trusting = Calibration(weights={"is_found": 9.0}, bias=-4.0, show_above=0.5)
-    text = "y = (a + b)\nx = 1\ny = a + "
+    text = "for a in b:\n    pass\nx = a in "
     result = _engine(trusting).infill(_request(text))
     assert (result.reason, result.alternatives) == ("does_not_parse", ())
     assert _engine(trusting, holds_back=False).infill(_request(text)).reason == "ok"

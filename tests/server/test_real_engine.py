@@ -81,17 +81,9 @@ def test_warm_only_encodes(client: Client) -> None:
     assert reply.usage.prompt_tokens > 0
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        {"spans": [{"start": 0, "end": 0}, {"start": 4, "end": 4}]},
-        {"instruction": "shorten"},
-    ],
-    ids=["several spans", "instruction"],
-)
-def test_what_the_model_cannot_do_is_said(client: Client, more: dict[str, object]) -> None:
+def test_what_the_model_cannot_do_is_said(client: Client) -> None:
     with pytest.raises(ServerProblem) as caught:
-        client.infill(asked(**more))
+        client.infill(asked(think=True))
     assert (caught.value.status, caught.value.code) == (400, "unsupported")
     assert caught.value.remedy
 

@@ -72,5 +72,5 @@ def tiny_infiller(seed: int = 0, *, max_steps: int = 8) -> Infiller:
     tokenizer = byte_tokenizer()
     model = tiny_model(tiny_config(tokenizer.vocab_tokens), seed)
     # What random weights write breaks any syntax; held back, it could not be looked at.
-    method = FillMethod(holds_back=False)
+    method = FillMethod(holds_back=False, trims=False)
     return Infiller(model, tokenizer, replace(SamplerConfig(), max_steps=max_steps), method)

@@ -1,0 +1,501 @@
+"""One passage on its encoded prompt: denoise its canvas, read the fills, weigh them.
+
+    hypotheses ─denoise─▶ rows ─▶ texts ┐
+    found texts, what was known before ─┴─trim─▶ candidates ─score─▶ weigh ─check─▶ choices
+
+The encoder scores what the canvas wrote: the canvas's own last probabilities are near 1 whatever
+it settled on, the causal likelihood of the finished text is not.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from infilld.engine.canvas import CanvasLayout, Draft, Gap, read_gap
+from infilld.engine.config import SamplerConfig
+from infilld.engine.draft import DraftReader
+from infilld.engine.draws import SeededDraws
+from infilld.engine.model import CanvasPass, DiffusionGemma
+from infilld.engine.passes import Work, together
+from infilld.engine.plan import CanvasPlan, FillMethod, GapPlan, steps_for
+from infilld.engine.prefixes import Prefix
+from infilld.engine.ranking import Calibration, Candidate, Weighed, weigh
+from infilld.engine.request import DraftSpan, Reason
+from infilld.engine.sampler import Denoised, Step, denoising
+from infilld.engine.scorer import continue_greedily, score
+from infilld.engine.silence.surroundings import Surroundings
+from infilld.engine.stopping import AllOf, AnyOf, LowEntropy, Stable, StopRule
+from infilld.engine.tokenizer import Tokenizer
+
+# Mean over the gap alone; the reference's 0.005 is a mean over 256 rows of which most are certain.
+_SURE = AllOf((Stable(passes=1), LowEntropy(mean_nats=0.05)))
+# Unsure, but nothing changes any more.
+_PLATEAU = AnyOf((_SURE, Stable(passes=2)))
+# When the deadline strikes, text up to the first token below this probability is shown.
+_SHOWN_PROBABILITY = 0.5
+# Of several exact lengths so many are refined after the first pass.
+_REFINED_LENGTHS = 3
+# Shorter answers that are judged beside a text of several lines.
+_SHORTER = 2
+# What was shown stays while it is about as good as the best: text must not flicker while one types.
+_STAYS = 0.8
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A text for a target, with LF line ends: how likely it is right, and its score, nats."""
+
+    text: str
+    confidence: float
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GapResult:
+    """What came out for one target.
+
+    Attributes:
+        choices: the best first; none: `reason` and `why` say why.
+        texts: every text that was judged, the best first.
+        is_sure_of_nothing: that nothing is missing here is the likeliest.
+    """
+
+    choices: tuple[Choice, ...]
+    reason: Reason
+    why: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What a passage's owner gets to see, and how it ends the work early.
+
+    Attributes:
+        on_drafts: gets the drafts of all targets, forwards so far, and whether settled text was
+            taken back. on_weighed: gets every candidate of each gap. check: raises to end it.
+        is_late: whether the deadline leaves no time for another pass.
+        until: `time.monotonic()` reading of the deadline; None: there is none.
+    """
+
+    on_drafts: Callable[[Sequence[DraftSpan], int, bool], None] | None
+    on_weighed: Callable[[list[Weighed]], None]
+    check: Callable[[], None]
+    is_late: Callable[[], bool]
+    until: float | None
+
+
+@dataclass
+class _Row:
+    """What a hypothesis wrote into each gap: text, tokens, and whether the gap was full."""
+
+    texts: list[str]
+    tokens: list[list[int]]
+    is_open: list[bool]
+
+
+@dataclass(kw_only=True)
+class Filling:
+    """One passage being filled.
+
+    Attributes:
+        model, tokenizer, sampler, method, calibration: what fills it, and how.
+        filler: token of no text; None: there is none.
+        plan: its layout. prefix: the encoded prompt. seed: of every draw.
+        boldness: of the request. language: of the document. watch: see there.
+        passes, canvas_tokens: spent so far.
+        is_finished: every row converged, or there was nothing to refine.
+    """
+
+    model: DiffusionGemma
+    tokenizer: Tokenizer
+    sampler: SamplerConfig
+    method: FillMethod
+    calibration: Calibration | None
+    filler: int | None
+    plan: CanvasPlan
+    prefix: Prefix
+    seed: int
+    boldness: float | None
+    language: str | None
+    watch: Watch
+    passes: int = field(default=0, init=False)
+    canvas_tokens: int = field(default=0, init=False)
+    is_finished: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        """Start the draws and the drafts."""
+        self._draws = SeededDraws(self.seed, self.model.device)
+        # The sampler's own filler can be forbidden, to see what exact lengths are worth.
+        self._filler = None if self.plan.lengths else self.filler
+        newlines = [gap.newline for gap in self.plan.gaps]
+        self._reader = DraftReader(self.tokenizer, self._filler, newlines)
+        self._causal: list[Candidate] = []
+
+    def work(self) -> Work[list[GapResult]]:
+        """Denoise, and judge what came out; one result for each target."""
+        self._causal = self._causal_draft()
+        rows: list[_Row] = []
+        if not self.plan.is_settled:
+            if self.plan.lengths:
+                rows = yield from self._by_lengths()
+            else:
+                rows = yield from self._growing()
+        return self._judged(rows)
+
+    # The canvas.
+
+    def _growing(self) -> Work[list[_Row]]:
+        """Rows of the canvas; gaps that end without a filler are doubled and go on from there."""
+        layout = self.plan.layout
+        starts = self._starts(layout)
+        denoised = yield from self._denoised(layout, starts)
+        rows = self._rows(denoised, layout)
+        while not self.watch.is_late():
+            full = [
+                number
+                for number in range(len(layout.gaps))
+                if all(row.is_open[number] for row in rows)
+            ]
+            grown = layout.grown(full, self.model.config.canvas_tokens)
+            if grown is None:
+                break
+            starts = [
+                [Draft(tuple(denoised.tokens[row, place].tolist())) for place in layout.slices]
+                for row in range(len(rows))
+            ]
+            layout = grown
+            denoised = yield from self._denoised(layout, starts)
+            rows = self._rows(denoised, layout)
+        return rows
+
+    def _by_lengths(self) -> Work[list[_Row]]:
+        """Rows of the lengths that look best after one pass, for models without a filler."""
+        (gap,), (given,) = self.plan.layout.gaps, self.plan.layout.given
+        drafts = {len(draft.tokens): draft for draft in reversed(self.plan.gaps[0].drafts)}
+        lengths = sorted({*self.plan.lengths, *(n for n in drafts if n <= gap.limit_tokens)})
+        layouts = {n: CanvasLayout((_exactly(gap, n),), (given,)) for n in lengths if n}
+        canvases = {n: self._canvas(layout, [[None]]) for n, layout in layouts.items()}
+        passes = [
+            CanvasPass(canvas, self.prefix.cache, belief) for canvas, belief in canvases.values()
+        ]
+        logits = dict(zip(layouts, (yield passes), strict=True))
+        self.passes += 1
+        self.watch.check()
+        support = {n: _support(logits[n][0], n, given) for n in layouts}
+        best = sorted(layouts, key=lambda n: -support[n])[:_REFINED_LENGTHS]
+        works = [
+            self._denoised(layouts[n], [[None]], first=(*canvases[n], logits[n])) for n in best
+        ]
+        drafted = [n for n in drafts if n in layouts]
+        works += [self._denoised(layouts[n], [[drafts[n]]]) for n in drafted]
+        all_denoised = yield from together(works)
+        return [
+            row
+            for n, denoised in zip([*best, *drafted], all_denoised, strict=True)
+            for row in self._rows(denoised, layouts[n])
+        ]
+
+    def _starts(self, layout: CanvasLayout) -> list[list[Draft | None]]:
+        """What each hypothesis starts from, gap by gap; None: noise."""
+        drafts = [list(gap.drafts) for gap in self.plan.gaps]
+        drafts[0] += [Draft(each.tokens) for each in self._causal]
+        most = max(map(len, drafts))
+        starts: list[list[Draft | None]] = [
+            [own[row] if row < len(own) else None for own in drafts] for row in range(most)
+        ]
+        return starts + [[None] * len(layout.gaps)] * self.plan.noise_rows
+
+    def _canvas(
+        self, layout: CanvasLayout, starts: Sequence[Sequence[Draft | None]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Starting canvases [R, L], and what the first pass is told of them [R, L, V]."""
+        rows, vocab = len(starts), self.model.config.vocab_tokens
+        canvas = self._draws.first_canvas(rows, layout.tokens, vocab)
+        pins = layout.pins(rows, self.model.device)
+        canvas, known = pins.impose(canvas), pins.mask.clone()
+        for row, drafts in enumerate(starts):
+            for draft, gap, place in zip(drafts, layout.gaps, layout.slices, strict=True):
+                if draft is None:
+                    continue
+                tokens = list(draft.tokens[: gap.tokens])
+                meant = list(draft.known or [True] * len(tokens))[: gap.tokens]
+                if self._filler is not None:
+                    spare = gap.tokens - len(tokens)
+                    tokens, meant = tokens + [self._filler] * spare, meant + [True] * spare
+                at = torch.arange(place.start, place.start + len(tokens), device=canvas.device)
+                at = at[torch.tensor(meant, dtype=torch.bool, device=canvas.device)]
+                chosen = [token for token, is_meant in zip(tokens, meant, strict=True) if is_meant]
+                canvas[row, at] = torch.tensor(chosen, dtype=torch.int64, device=canvas.device)
+                known[row, at] = True
+        if not self.method.tells_given:
+            return canvas, None
+        # Certain of what is given; nothing is known of the rest, so all tokens are alike there.
+        belief = torch.zeros(*canvas.shape, vocab, device=canvas.device)
+        belief[known] = -torch.inf
+        belief[known, canvas[known]] = 0.0
+        return canvas, belief
+
+    def _denoised(
+        self,
+        layout: CanvasLayout,
+        starts: Sequence[Sequence[Draft | None]],
+        *,
+        first: tuple[Tensor, Tensor | None, Tensor] | None = None,
+    ) -> Work[Denoised]:
+        """Refine the canvases; `first` are those of a pass that was done already."""
+        rows, vocab = len(starts), self.model.config.vocab_tokens
+        if first is None:
+            (canvas, belief), logits = self._canvas(layout, starts), None
+        else:
+            canvas, belief, logits = first
+        banned = layout.banned(
+            self.tokenizer, vocab, never=self._never_written(), filler=self._filler
+        )
+        self.watch.check()
+        before = self.passes
+        most = min(self.sampler.max_steps, steps_for(layout, self.plan.most_steps))
+        stop: StopRule = _PLATEAU if self.method.plateau else _SURE
+        denoised = yield from denoising(
+            self.prefix.cache,
+            canvas,
+            replace(self.sampler, max_steps=most),
+            self._draws,
+            stop=stop,
+            pins=layout.pins(rows, self.model.device),
+            banned=banned.to(self.model.device),
+            greedy=not self.method.samples,
+            belief=belief,
+            is_draft=any(draft is not None for row in starts for draft in row),
+            logits=logits,
+            on_step=lambda step: self._watch(step, layout, before),
+            is_late=self.watch.is_late,
+        )
+        # Canvases side by side share their passes.
+        self.passes = max(self.passes, before + denoised.passes - (first is not None))
+        self.canvas_tokens += layout.tokens * rows
+        self.is_finished = self.is_finished and bool(denoised.converged.all())
+        return denoised
+
+    def _never_written(self) -> Sequence[int]:
+        filler = {self._filler}
+        return sorted({*self.plan.prompt.banned, *self.tokenizer.control_ids} - filler - self._ends)
+
+    @property
+    def _ends(self) -> frozenset[int]:
+        """Tokens that may end a fill, where nothing is pinned behind it."""
+        is_open = not self.plan.prompt.suffix_follows
+        return frozenset(self.plan.prompt.ends) if is_open else frozenset()
+
+    def _watch(self, step: Step, layout: CanvasLayout, before: int) -> None:
+        self.watch.check()
+        if self.watch.on_drafts is not None:
+            spans, is_revised = self._reader.read(step, layout)
+            self.watch.on_drafts(spans, before + step.index + 1, is_revised)
+
+    def _causal_draft(self) -> list[Candidate]:
+        """What the encoder writes by itself, as one candidate, or none."""
+        if not self.plan.causal_tokens or self.plan.is_settled or self.watch.is_late():
+            return []
+        gap = self.plan.layout.gaps[0]
+        # The first position may have to write the stem again; the others may not end the line.
+        banned = CanvasLayout((_exactly(gap, 2),), ((),)).banned(
+            self.tokenizer,
+            self.model.config.vocab_tokens,
+            never=sorted(self.tokenizer.control_ids),
+            filler=None,
+        )
+        tokens = continue_greedily(
+            self.model,
+            self.prefix,
+            banned.to(self.model.device),
+            frozenset(self.tokenizer.newline_ids),
+            self.plan.causal_tokens,
+        )
+        if len(tokens) < max(1, gap.min_tokens):
+            return []
+        text = self._text(tokens, gap.stem)
+        return [Candidate(text, tuple(tokens), is_causal=True)] if text is not None else []
+
+    # What came out.
+
+    def _rows(self, denoised: Denoised, layout: CanvasLayout) -> list[_Row]:
+        return [self._row(denoised, row, layout) for row in range(len(denoised.tokens))]
+
+    def _row(self, denoised: Denoised, number: int, layout: CanvasLayout) -> _Row:
+        row = _Row([], [], [])
+        for gap, place in zip(layout.gaps, layout.slices, strict=True):
+            tokens: list[int] = denoised.tokens[number, place].tolist()
+            places = read_gap(tokens, self._filler)
+            ended = next((at for at in places if tokens[at] in self._ends), None)
+            row.is_open.append(len(places) == gap.tokens and ended is None)
+            if ended is not None:
+                places = [at for at in places if at < ended]
+            if not bool(denoised.converged[number]) and self.watch.is_late():
+                low = math.log(_SHOWN_PROBABILITY)
+                logs: list[float] = denoised.log_probability[number, place].tolist()
+                end = next((at for at in places if logs[at] < low), gap.tokens)
+                places = [at for at in places if at < end]
+            kept = [tokens[at] for at in places]
+            row.tokens.append(kept)
+            row.texts.append(self._text(kept, gap.stem) or "")
+        return row
+
+    def _text(self, tokens: Sequence[int], stem: str) -> str | None:
+        """Text of a fill; None where it does not begin with the stem."""
+        text = self.tokenizer.text(tokens)
+        return text[len(stem) :] if text.startswith(stem) else None
+
+    def _judged(self, rows: list[_Row]) -> list[GapResult]:
+        """Choices for each target in turn, with those before it in place."""
+        results: list[GapResult] = []
+        spoken: list[int] = []
+        fills: list[str] = []
+        for number, gap in enumerate(self.plan.gaps):
+            before, after = self.plan.passage.around(number, fills)
+            surroundings = Surroundings(
+                before, after, language=self.language, replaced=gap.target.selection
+            )
+            stem = self.plan.layout.gaps[number].stem
+            candidates = self._candidates(number, gap, rows, surroundings, stem)
+            continuations = [[*spoken, *each.tokens, *gap.judged] for each in candidates]
+            logs = [each[len(spoken) :] for each in score(self.model, self.prefix, continuations)]
+            weighed = weigh(candidates, logs, self.calibration)
+            self.watch.on_weighed(weighed)
+            result = self._chosen(gap, weighed, surroundings)
+            results.append(result)
+            fills.append(result.choices[0].text if result.choices else gap.target.selection)
+            if number + 1 < len(self.plan.gaps):
+                given = self.plan.layout.given[number]
+                spoken += [*self.tokenizer.encode(stem + fills[-1]), *given]
+        return results
+
+    def _candidates(
+        self,
+        number: int,
+        gap: GapPlan,
+        rows: list[_Row],
+        surroundings: Surroundings,
+        stem: str,
+    ) -> list[Candidate]:
+        """Every text once: what the hypotheses wrote, what was found, what was expected."""
+        trimmed: Callable[[str], str] = surroundings.trimmed if self.method.trims else str
+        written = Counter(trimmed(row.texts[number]) for row in rows)
+        known = (*self._causal, *gap.found)
+        texts = [*written, *(trimmed(each.text) for each in known)]
+        if self.method.trims and not gap.target.selection and gap.kind != "in_line":
+            texts += [shorter for text in tuple(texts) for shorter in _shorter(text)]
+        evidence: dict[str, float] = {}
+        for each in known:
+            text = trimmed(each.text)
+            evidence[text] = max(evidence.get(text, 0.0), each.evidence)
+        causal = {trimmed(each.text) for each in self._causal}
+        # A canvas may write a text in other tokens than its own; those of its own are judged.
+        tokens = {text: tuple(self.tokenizer.encode(stem + text)) for text in dict.fromkeys(texts)}
+        least = self.plan.layout.gaps[number].min_tokens
+        if self._judges_nothing and not least:
+            tokens.setdefault("", tuple(self.tokenizer.encode(stem)))
+        else:
+            tokens.pop("", None)
+        return [
+            Candidate(
+                text,
+                ids,
+                rows=written[text] / max(1, len(rows)),
+                evidence=evidence.get(text, 0.0),
+                is_causal=text in causal,
+            )
+            for text, ids in tokens.items()
+            if len(ids) >= least and text not in gap.refused
+        ]
+
+    @property
+    def _judges_nothing(self) -> bool:
+        """Whether it can be told how likely it is that nothing is missing."""
+        return self.calibration is None or "is_empty" in self.calibration.weights
+
+    def _chosen(
+        self, gap: GapPlan, weighed: list[Weighed], surroundings: Surroundings
+    ) -> GapResult:
+        """The best candidates, as many as are wanted, or why there are none."""
+        texts = tuple(each.candidate.text for each in weighed)
+
+        def nothing(reason: Reason, why: str) -> GapResult:
+            return GapResult(choices=(), reason=reason, why=why, texts=texts)
+
+        if not any(texts):
+            if self.watch.is_late():
+                return nothing("deadline", "The deadline struck before any text was certain.")
+            return nothing("empty", "The model wrote no text for this span.")
+        if self.calibration is not None and not texts[0] and self.method.holds_back:
+            chance = weighed[0].confidence
+            return nothing("empty", f"Nothing is missing here, with a chance of {chance:.0%}.")
+        weighed = [each for each in weighed if each.candidate.text]
+        least = 0.0
+        if self.calibration is not None and self.method.holds_back:
+            least = self.calibration.least_confidence(self.boldness)
+        likely = [each for each in weighed if each.confidence >= least]
+        if not likely:
+            best = weighed[0].confidence
+            why = f"The best text is right with a chance of {best:.0%}."
+            return nothing("low_confidence", why)
+        if self.method.checks and self.method.holds_back:
+            kept, objection = self._unobjected(likely, surroundings)
+            if not kept and objection is not None:
+                return nothing(*objection)
+        else:
+            kept = likely[: self.plan.alternatives]
+        choices = tuple(Choice(each.candidate.text, each.confidence, each.score) for each in kept)
+        return GapResult(choices=choices, reason="ok", why="", texts=texts)
+
+    def _unobjected(
+        self, likely: list[Weighed], surroundings: Surroundings
+    ) -> tuple[list[Weighed], tuple[Reason, str] | None]:
+        """As many as are wanted to which nothing is objected, and the first objection.
+
+        Only so many are asked about.
+        """
+        first: tuple[Reason, str] | None = None
+
+        def passing(each: Weighed) -> bool:
+            nonlocal first
+            found = surroundings.objection(each.candidate.text, until=self.watch.until)
+            if found is not None:
+                first = first or (found.reason, found.why)
+            return found is None
+
+        ordered = sorted(likely, key=lambda each: not self._stays(each, likely[0]))
+        return list(islice(filter(passing, ordered), self.plan.alternatives)), first
+
+    def _stays(self, each: Weighed, best: Weighed) -> bool:
+        is_shown = each.candidate.text == self.plan.shown
+        return is_shown and each.confidence >= _STAYS * best.confidence
+
+
+def _exactly(gap: Gap, tokens: int) -> Gap:
+    """The gap with just so many tokens."""
+    return replace(gap, tokens=tokens, limit_tokens=tokens, min_tokens=min(gap.min_tokens, tokens))
+
+
+def _support(logits: Tensor, length: int, given: Sequence[int]) -> float:
+    """How well a length fits after one pass, of logits [L, V]: the larger, the better.
+
+    Mean of the best log-probabilities in the gap, and of the pinned tokens behind it.
+    """
+    logs = logits.log_softmax(-1)
+    inner = float(logs[:length].max(-1).values.mean())
+    if not given:
+        return inner
+    behind = logs[length : length + len(given)]
+    head = torch.tensor(given, device=logits.device)
+    return inner + float(behind.gather(-1, head[:, None]).mean())
+
+
+def _shorter(text: str) -> list[str]:
+    """The first line, and the first two, of a longer text."""
+    lines = text.split("\n")
+    return ["\n".join(lines[:count]) for count in range(1, min(_SHORTER + 1, len(lines)))]

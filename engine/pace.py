@@ -1,0 +1,64 @@
+"""How long things take here, so that a deadline is kept and not only noticed."""
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from infilld.engine.passes import Work
+
+T = TypeVar("T")
+
+# How much the last measurement counts.
+_NEWEST = 0.3
+
+
+class Pace:
+    """Running means of times, in seconds; 0 before the first.
+
+    Attributes:
+        piece_s: to encode a piece of a prompt. pass_s: for a pass over a canvas, with whatever
+            shared it. closing_s: from the last pass to the answer.
+    """
+
+    def __init__(self) -> None:
+        self.piece_s = self.pass_s = self.closing_s = 0.0
+
+    def needed_s(self, *, passes: int) -> float:
+        """Seconds until an answer, with so many passes before it."""
+        return passes * self.pass_s + self.closing_s
+
+    def timed(self, check: Callable[[], None]) -> Callable[[], None]:
+        """A check before each piece that also measures the piece before it."""
+        last: float | None = None
+
+        def checked() -> None:
+            nonlocal last
+            now = time.monotonic()
+            if last is not None:
+                self.piece_s = _mean(self.piece_s, now - last)
+            last = now
+            check()
+
+        return checked
+
+    def passes(self, work: Work[T]) -> Work[T]:
+        """Work on a canvas, measured."""
+        closing = time.monotonic()
+        try:
+            wanted = next(work)
+            while True:
+                began = time.monotonic()
+                logits = yield wanted
+                taken = time.monotonic() - began
+                if wanted:
+                    self.pass_s = _mean(self.pass_s, taken)
+                closing = time.monotonic()
+                wanted = work.send(logits)
+        except StopIteration as end:
+            result: T = end.value
+            self.closing_s = _mean(self.closing_s, time.monotonic() - closing)
+            return result
+
+
+def _mean(old: float, new: float) -> float:
+    return new if old == 0.0 else (1 - _NEWEST) * old + _NEWEST * new
