@@ -342,13 +342,21 @@ class Filling:
                 places = [at for at in places if at < end]
             kept = [tokens[at] for at in places]
             row.tokens.append(kept)
-            row.texts.append(self._text(kept, gap.stem) or "")
+            row.texts.append(self._until_closing(self._text(kept, gap.stem) or ""))
         return row
 
     def _text(self, tokens: Sequence[int], stem: str) -> str | None:
         """Text of a fill; None where it does not begin with the stem."""
         text = self.tokenizer.text(tokens)
         return text[len(stem) :] if text.startswith(stem) else None
+
+    def _until_closing(self, text: str) -> str:
+        """Text up to the line that ends an answer, where nothing is pinned behind it."""
+        prompt = self.plan.prompt
+        if prompt.suffix_follows or not prompt.closing:
+            return text
+        at = f"\n{text}".find(f"\n{prompt.closing}")
+        return text if at < 0 else text[:at].removesuffix("\n")
 
     def _judged(self, rows: list[_Row]) -> list[GapResult]:
         """Choices for each target in turn, with those before it in place."""

@@ -228,7 +228,9 @@ class Planner:
             kept, stem = healed(prompt.ids, passage.before, self._tokenizer)
             ids = tuple(kept)
         head = self._head(passage, prompt)
-        pinned = head if self._method.pins_suffix and prompt.suffix_follows else ()
+        # A piece of a long selection is followed by the next one, whatever the answer's end is.
+        is_pinned = prompt.suffix_follows or passage.head is not None
+        pinned = head if self._method.pins_suffix and is_pinned else ()
         given = [tuple(self._tokenizer.encode(text)) for text in passage.between]
         behind = [*given, head]
         gaps: list[GapPlan] = []
@@ -258,7 +260,7 @@ class Planner:
             noise_rows=noise_rows,
             alternatives=request.alternatives,
             causal_tokens=self._causal_tokens(gaps[0], layouts[0]) if is_alone else 0,
-            lengths=self._lengths(gaps[0], layouts[0]) if is_alone else (),
+            lengths=self._lengths(gaps[0], layouts[0]) if is_alone and is_pinned else (),
             most_steps=_FOLLOWING_STEPS if agrees else _MOST_STEPS,
             is_settled=agrees and followed is not None and followed.is_settled and noise_rows == 0,
             shown=None if followed is None else followed.shown,
