@@ -8,6 +8,7 @@ InfilldError                  .code (stable, snake_case)  .remedy (one sentence)
 │  └─ CheckpointMissing  CheckpointMismatch  UnsupportedDevice  NotEnoughMemory
 ├─ Unavailable                try again later
 │  └─ Loading  Busy
+├─ UnknownId                  nothing is known under this id
 └─ Cancelled                  the client went away (superseded and deadline are results, not errors)
 
 The message says what was found, what was expected and where; the remedy says what to do.
@@ -130,6 +131,13 @@ class Busy(Unavailable):
     """The queue is full."""
 
     code = "busy"
+
+
+class UnknownId(InfilldError):
+    """An id names no answer, or one that is forgotten."""
+
+    code = "unknown_id"
+    remedy = "Send the id of one of the last answers."
 
 
 class Cancelled(InfilldError):

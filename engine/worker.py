@@ -1,128 +1,160 @@
-"""Owns the device and the loaded model; runs jobs one at a time on its own thread.
+"""Owns the device and the loaded model; runs the live jobs on its own thread, round after round.
 
-A newer job for the same document supersedes the older one, queued or running. Everything that
-ends a job early takes effect between two passes.
+    submit ──▶ Schedule ──admit──▶ _Run: engine.work(request) ──┐ one turn each: to the passes it
+                  ▲                  ▲                          │ wants, or to its result ──▶ future
+      cancel, supersede, deadline    └── logits ── a shared pass ◀┘
+
+A round gives a turn to every job that has its logits, and to one of those that want none (one
+piece of a prompt is encoded in it), and then runs the passes that are wanted as one. Everything
+that ends a job early takes effect between two turns. A background job has its turns while no other
+job is open. The model is loaded on a thread of its own: whoever waits for it can still be
+cancelled, and its deadline strikes.
 """
 
 import logging
-import secrets
 import statistics
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from importlib.resources import files
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from infilld.engine.config import ModelConfig, SamplerConfig
 from infilld.engine.errors import (
     Busy,
     Cancelled,
-    CheckpointMismatch,
     InfilldError,
     Loading,
     ModelError,
     NotEnoughMemory,
-    UnsupportedDevice,
 )
 from infilld.engine.infill import Hooks, Infiller
-from infilld.engine.ranking import Calibration
-from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult
-from infilld.engine.tokenizer import Tokenizer
-from infilld.engine.weights import load_model
-from infilld.kernels._launch import KernelUnavailable, require_triton
+from infilld.engine.loading import (
+    free_memory,
+    load_infiller,
+    model_bytes,
+    pick_device,
+    starter_folder,
+)
+from infilld.engine.model import CanvasPass
+from infilld.engine.passes import Work
+from infilld.engine.prefetch import Answers
+from infilld.engine.request import InfillRequest, InfillResult, Reason
+from infilld.engine.scheduler import (
+    MAX_QUEUED,
+    Job,
+    OnCanvas,
+    Schedule,
+    Superseded,
+    fitting,
+)
+
+__all__ = [
+    "MAX_QUEUED",
+    "Event",
+    "IdleUnload",
+    "Job",
+    "OnCanvas",
+    "Worker",
+    "load_infiller",
+    "pick_device",
+    "starter_folder",
+]
 
 log = logging.getLogger(__name__)
 
-MAX_QUEUED = 32
+# Positions of a shared pass: beyond these a CPU gains nothing and everybody waits longer.
+MAX_ROUND_TOKENS = 1024
 _TIMED_JOBS = 512
+# A model this small, or one on a CPU, is in nobody's way.
+_LARGE_BYTES = 1 << 30
+_IDLE_UNLOAD_S = 15 * 60.0
 
-OnCanvas = Callable[[CanvasUpdate], None]
-
-
-class _Superseded(Exception):
-    """A newer job of the same document took over."""
+State = Literal["loading", "ready", "unloaded", "failed"]
+Event = Literal["shown", "inserted", "partly", "dismissed", "retained"]
+IdleUnload = float | Literal["auto"]
 
 
 @dataclass(eq=False)
-class Job:
-    """A request on its way. `future` ends with a result, or raises an InfilldError.
+class _Run:
+    """A live job and its work.
 
     Attributes:
-        id: names the job and its result.
-        request: what was asked. on_canvas: called on the worker's thread after every pass.
-        future: the answer. arrived_at: `time.monotonic()` reading, seconds.
+        begun_at: `time.monotonic()` reading. served: number of its last turn or pass.
+        wanted: passes whose logits it waits for; empty: it wants none.
+        logits: of those passes, once they were run.
     """
 
-    request: InfillRequest
-    on_canvas: OnCanvas | None
-    _withdraw: Callable[["Job"], None]
-    id: str = field(default_factory=lambda: secrets.token_hex(8))
-    future: "Future[InfillResult]" = field(default_factory=Future)
-    arrived_at: float = field(default_factory=time.monotonic)
-    _cancelled: threading.Event = field(default_factory=threading.Event)
-    _superseded: threading.Event = field(default_factory=threading.Event)
-
-    def cancel(self) -> None:
-        """Give the job up: takes effect within one pass, then `future` raises Cancelled."""
-        self._cancelled.set()
-        self._withdraw(self)
-
-    def supersede(self) -> None:
-        """End the job with the reason `superseded`."""
-        self._superseded.set()
-
-    def check(self) -> None:
-        """Raise if the job is no longer wanted."""
-        if self._cancelled.is_set():
-            raise Cancelled("the client went away")
-        if self._superseded.is_set():
-            raise _Superseded
+    job: Job
+    work: Work[InfillResult]
+    begun_at: float
+    served: int = 0
+    has_begun: bool = False
+    wanted: Sequence[CanvasPass] = ()
+    logits: Sequence[Tensor] | None = None
 
     @property
-    def deadline_at(self) -> float | None:
-        """`time.monotonic()` reading at which the deadline strikes."""
-        ms = self.request.deadline_ms
-        return None if ms is None else self.arrived_at + ms / 1e3
+    def positions(self) -> int:
+        """Positions of the passes it waits for."""
+        return sum(each.canvas.numel() for each in self.wanted)
 
+    def go_on(self) -> None:
+        """Run the work to the next passes it wants.
 
-def starter_folder() -> Path:
-    """Folder of the embedded model."""
-    return Path(str(files("infilld.engine") / "starter"))
+        Raises:
+            StopIteration: it has ended, with its result.
+        """
+        logits, self.logits, self.wanted = self.logits or (), None, ()
+        was_begun, self.has_begun = self.has_begun, True
+        self.wanted = self.work.send(logits) if was_begun else next(self.work)
 
 
 class Worker:
-    """One model on one device, behind a queue.
+    """One model on one device, behind a schedule.
 
     Args:
         folder: checkpoint; None: the embedded starter model.
         device: "cpu", "cuda", "cuda:N", or "auto": CUDA where there is one.
+        idle_unload_minutes: so long without a job, and the model is dropped; the next job loads
+            it again, and waits. 0: never. "auto": 15 for 1 GiB or more on a GPU, else never.
     """
 
-    def __init__(self, folder: Path | None = None, *, device: str = "auto") -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        device: str = "auto",
+        idle_unload_minutes: IdleUnload = "auto",
+    ) -> None:
         self.folder = starter_folder() if folder is None else folder
         self.model_name = "starter" if folder is None else self.folder.name
-        self.state: Literal["loading", "ready", "failed"] = "loading"
+        self.state: State = "loading"
         self.failure: InfilldError | None = None
-        self._device_wish = device
+        self._device_wish, self._idle_wish = device, idle_unload_minutes
         self._engine: Infiller | None = None
-        self._queue: deque[Job] = deque()
-        self._running: Job | None = None
+        self._about: dict[str, object] = {}
+        self._schedule, self._answers = Schedule(), Answers()
+        self._runs: list[_Run] = []
+        self._turns = 0
+        self._idle_s = self._idle_since = 0.0
         self._wake = threading.Condition()
         self._closing = False
         self._loaded = threading.Event()
+        self._loader: threading.Thread | None = None
         self._thread = threading.Thread(target=self._work, name="infilld-worker", daemon=True)
         self._reasons: Counter[str] = Counter()
+        self._events: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
         self._job_ms: deque[float] = deque(maxlen=_TIMED_JOBS)
 
     def start(self) -> None:
         """Begin to load; returns at once."""
+        with self._wake:
+            self._load_soon()
         self._thread.start()
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -137,7 +169,9 @@ class Worker:
             raise self.failure.with_traceback(None)
 
     def submit(self, request: InfillRequest, on_canvas: OnCanvas | None = None) -> Job:
-        """Queue a request; a live one of the same document is superseded.
+        """Queue a request; an open one of the same document is superseded.
+
+        A request in the background supersedes no other. An unloaded model is loaded again.
 
         Raises:
             Loading: the model is not there yet; ModelError: it never will be.
@@ -146,100 +180,168 @@ class Worker:
         if self.failure is not None:
             # Without its traceback: that would grow, and hold every request, at each raise.
             raise self.failure.with_traceback(None)
-        if self.state != "ready":
+        if self.state == "loading":
             raise Loading(f"{self.model_name} is still loading")
         job = Job(request, on_canvas, self._withdraw)
         with self._wake:
             if self._closing:
                 raise Busy("the daemon is stopping")
-            older = self._queued_of(request.document)
-            if len(self._queue) - len(older) >= MAX_QUEUED:
-                raise Busy(f"{len(self._queue)} requests are waiting")
-            for old in older:
-                self._queue.remove(old)
-            running = self._running
-            if running is not None and self._is_same(running, request.document):
-                running.supersede()
-            self._queue.append(job)
+            superseded = self._schedule.add(job)
+            if not request.background:
+                self._answers.begin(job.id, request.document)
             self._wake.notify()
-        for old in older:
+        for old in superseded:
             self._answer(old, _superseded(old))
         return job
 
+    def feedback(
+        self, job_id: str, event: Event, *, choice: int = 0, chars: int | None = None
+    ) -> None:
+        """Count what became of a suggestion; one that was inserted is followed up.
+
+        Args:
+            job_id: of the answer. event: what happened to it. choice: of which of its texts.
+            chars: how many code points were inserted; None: all.
+
+        Raises:
+            UnknownId: not one of the last answers. UnknownOption: it had no such choice.
+        """
+        with self._wake:
+            self._answers.know(job_id, choice)
+            self._events[event] += 1
+        if event == "inserted":
+            self.accepted(job_id, choice, chars)
+
+    def accepted(self, job_id: str, choice: int, chars: int | None) -> None:
+        """Prepare, in the background, for what is asked after a suggestion was inserted.
+
+        Nothing happens where the answer is unknown, older than a minute, or not the newest of its
+        document. Args as for `feedback`.
+        """
+        with self._wake:
+            request = self._answers.follow_up(job_id, choice, chars)
+            if request is None or self._closing:
+                return
+            try:
+                superseded = self._schedule.add(Job(request, None, self._withdraw))
+            except Busy:
+                return
+            self._totals["prefetches"] += 1
+            self._wake.notify()
+        for old in superseded:
+            self._answer(old, _superseded(old))
+
     def describe(self) -> dict[str, object]:
         """What is loaded, for people and for `/v1/models`."""
-        about: dict[str, object] = {"model": self.model_name, "folder": str(self.folder)}
-        if self._engine is None:
-            return about | {"state": self.state}
-        model = self._engine.model
-        numbers = [*model.parameters(), *model.buffers()]
-        return about | {
-            "state": self.state,
-            "device": str(model.device),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "memory_bytes": sum(n.nbytes for n in numbers),
-            "canvas_tokens": model.config.canvas_tokens,
-            "prompt_tokens": self._engine.prompt_tokens,
-        }
+        told = {"model": self.model_name, "folder": str(self.folder), "state": self.state}
+        about = self._about
+        return told | about | ({} if self._engine is not None or not about else {"memory_bytes": 0})
 
     def stats(self) -> dict[str, object]:
-        """Counts since the start and times of the last jobs, in ms."""
+        """Counts since the start and times of the last jobs, in ms.
+
+        `passes` counts what requests asked for, `rounds` the passes that were run for one or
+        several of them; `answered_at_once` are those that needed none. Times are of jobs that
+        somebody waited for.
+        """
         with self._wake:
-            queued, times = len(self._queue), sorted(self._job_ms)
-            totals, reasons = dict(self._totals), dict(self._reasons)
+            queued, running = len(self._schedule.waiting), len(self._schedule.live)
+            times, totals = sorted(self._job_ms), Counter(self._totals)
+            reasons, events = dict(self._reasons), dict(self._events)
         centiles = statistics.quantiles(times, n=20) if len(times) > 1 else times * 19
+        counted = (
+            "passes",
+            "prompt_tokens",
+            "cached_tokens",
+            "background_jobs",
+            "prefetches",
+            "answered_at_once",
+            "loads",
+            "rounds",
+        )
+        rounds = totals["rounds"]
         return {
             "queued": queued,
+            "running": running,
             "jobs": sum(reasons.values()),
             "reasons": reasons,
-            **{name: totals.get(name, 0) for name in ("passes", "prompt_tokens", "cached_tokens")},
+            "feedback": events,
+            **{name: totals[name] for name in counted},
+            "jobs_per_round": totals["shared"] / rounds if rounds else None,
             "p50_ms": centiles[9] if times else None,
             "p95_ms": centiles[18] if times else None,
         }
 
     def close(self) -> None:
-        """Stop after the running pass; every open job ends with Cancelled."""
+        """Stop after the running turn; every open job ends with Cancelled."""
         with self._wake:
             self._closing = True
-            open_jobs = [*self._queue, *([self._running] if self._running else [])]
+            open_jobs = [*self._schedule.waiting, *self._schedule.live]
+            loader = self._loader
             self._wake.notify()
         for job in open_jobs:
             job.cancel()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _is_same(self, job: Job, document: str | None) -> bool:
-        return document is not None and job.request.document == document
-
-    def _queued_of(self, document: str | None) -> list[Job]:
-        return [job for job in self._queue if self._is_same(job, document)]
+        for thread in (self._thread, loader):
+            if thread is not None and thread.is_alive():
+                thread.join()
 
     def _withdraw(self, job: Job) -> None:
         """End a job that has not begun; one that runs ends at its next check."""
         with self._wake:
-            if job not in self._queue:
+            if not self._schedule.withdraw(job):
                 return
-            self._queue.remove(job)
         self._answer(job, Cancelled("the client went away"))
+
+    # The model comes and goes.
+
+    def _load_soon(self) -> None:
+        """Begin to load, unless that has begun; with the lock held."""
+        if self._loader is None:
+            self._loader = threading.Thread(target=self._load, name="infilld-load", daemon=True)
+            self._loader.start()
+
+    def _load(self) -> None:
+        error: InfilldError | None = None
+        engine: Infiller | None = None
+        try:
+            engine = load_infiller(self.folder, self._device_wish)
+        except InfilldError as found:
+            error = found
+        except Exception as found:
+            log.exception("loading %s failed", self.folder)
+            error = ModelError(f"{self.folder}: {type(found).__name__}: {found}")
+        if engine is not None:
+            self._about = _about(engine)
+            self._idle_s = _idle_s(engine, self._idle_wish)
+        jobs: Sequence[Job] = ()
+        with self._wake:
+            self._loader = None
+            self._idle_since = time.monotonic()
+            if engine is not None:
+                self._engine, self.state = engine, "ready"
+                self._totals["loads"] += 1
+            elif self.state == "unloaded":
+                # It was loaded once: what is in the way, memory say, may be gone next time.
+                jobs = self._schedule.clear()
+            else:
+                self.failure, self.state = error, "failed"
+            self._wake.notify()
+        for job in jobs:
+            self._answer(job, error or ModelError("not loaded"))
+        self._loaded.set()
+
+    def _unload(self) -> None:
+        """Drop the model; with the lock held, and no job open."""
+        log.info("%s is unloaded after %g s without a request", self.model_name, self._idle_s)
+        self._engine, self.state = None, "unloaded"
+        free_memory()
+
+    # The thread.
 
     def _work(self) -> None:
         try:
-            self._engine = load_infiller(self.folder, self._device_wish)
-        except InfilldError as error:
-            self._fail(error)
-            return
-        except Exception as error:
-            log.exception("loading %s failed", self.folder)
-            self._fail(ModelError(f"{self.folder}: {type(error).__name__}: {error}"))
-            return
-        self.state = "ready"
-        self._loaded.set()
-        try:
-            while (job := self._next()) is not None:
-                self._answer(job, self._outcome(self._engine, job))
-                with self._wake:
-                    self._running = None
+            while self._wait():
+                self._round()
         except BaseException as error:
             # Nobody may wait for a thread that is gone.
             log.exception("the worker's thread died")
@@ -248,129 +350,209 @@ class Worker:
     def _fail(self, error: InfilldError) -> None:
         with self._wake:
             self.failure, self.state = error, "failed"
-            open_jobs = [*self._queue, *([self._running] if self._running else [])]
-            self._queue.clear()
+            open_jobs = self._schedule.clear()
         for job in open_jobs:
             if not job.future.done():
                 self._answer(job, error)
-        self._loaded.set()
 
-    def _next(self) -> Job | None:
+    def _wait(self) -> bool:
+        """Wait for work; False: there will be none."""
+        while True:
+            self._sweep()
+            with self._wake:
+                if self.failure is not None:
+                    return False
+                if self._closing and not self._schedule.live:
+                    return False
+                if self._engine is not None:
+                    begun = self._schedule.admit()
+                    self._runs += [self._begun(self._engine, job) for job in begun]
+                    if self._schedule.turn():
+                        return True
+                elif self._schedule.waiting:
+                    self._load_soon()
+                now = time.monotonic()
+                moments = [self._schedule.next_deadline_at]
+                if self._engine is not None and self._idle_s and not self._runs:
+                    unload_at = self._idle_since + self._idle_s
+                    if now >= unload_at:
+                        self._unload()
+                        continue
+                    moments.append(unload_at)
+                until = min((moment for moment in moments if moment is not None), default=None)
+                self._wake.wait(None if until is None else max(0.0, until - now))
+
+    def _begun(self, engine: Infiller, job: Job) -> _Run:
+        hooks = Hooks(on_canvas=job.on_canvas, check=job.check, deadline_at=job.deadline_at)
+        return _Run(job, engine.work(job.request, hooks), time.monotonic(), served=self._turns)
+
+    def _sweep(self) -> None:
+        """End what is not wanted any more, and what waited past its deadline."""
         with self._wake:
-            while not self._queue:
-                if self._closing:
-                    return None
-                self._wake.wait()
-            self._running = self._queue.popleft()
-            return self._running
+            late = self._schedule.expired(time.monotonic())
+        for job in late:
+            why = "The deadline struck while the request waited."
+            self._answer(job, _nothing(job, "deadline", why))
+        for run in tuple(self._runs):
+            try:
+                run.job.check()
+            except (Cancelled, Superseded) as unwanted:
+                self._end(run, unwanted)
 
-    def _outcome(self, engine: Infiller, job: Job) -> InfillResult | BaseException:
-        """Run a job; whatever goes wrong is its answer, never the thread's end."""
+    def _round(self) -> None:
+        """A turn for those that can go on, then a pass for those that want one."""
+        for run in self._next_turns():
+            self._sweep()
+            if run in self._runs:
+                self._step(run)
+        jobs = self._on_turn()
+        wanting = sorted((run for run in self._runs if run.job in jobs), key=_by_service)
+        wanted = [(run, run.positions) for run in wanting if run.wanted and run.logits is None]
+        self._share(fitting(wanted, MAX_ROUND_TOKENS))
+
+    def _on_turn(self) -> Sequence[Job]:
+        with self._wake:
+            return self._schedule.turn()
+
+    def _next_turns(self) -> list[_Run]:
+        """Who goes on: all that have their logits, those that are nearly late, and one other."""
+        jobs = self._on_turn()
+        runs = [run for run in self._runs if run.job in jobs]
+        passed = [run for run in runs if run.logits is not None]
+        others = sorted((run for run in runs if not run.wanted), key=_by_service)
+        # They end in this turn; an earlier end of theirs is worth more than the order.
+        late = [run for run in others[1:] if _by_deadline(run) <= time.monotonic() + self._turn_s]
+        return [*sorted(passed, key=_by_deadline), *late, *others[:1]]
+
+    @property
+    def _turn_s(self) -> float:
+        """How long it may take until the next turn of a job."""
+        pace = self._engine.pace if self._engine is not None else None
+        return 0.0 if pace is None else pace.piece_s + pace.pass_s
+
+    def _step(self, run: _Run) -> None:
+        """One turn; whatever goes wrong is the job's answer, never the thread's end."""
+        run.served = self._turns = self._turns + 1
         try:
-            queue_ms = 1e3 * (time.monotonic() - job.arrived_at)
-            hooks = Hooks(on_canvas=job.on_canvas, check=job.check, deadline_at=job.deadline_at)
-            result = replace(engine.infill(job.request, hooks), id=job.id)
-            total_ms = 1e3 * (time.monotonic() - job.arrived_at)
-            timings = replace(result.timings, queue_ms=queue_ms, total_ms=total_ms)
-            return replace(result, timings=timings)
-        except _Superseded:
-            return _superseded(job)
-        except InfilldError as error:
-            return error
-        except torch.OutOfMemoryError as error:
-            return NotEnoughMemory(str(error))
+            run.go_on()
+        except StopIteration as end:
+            self._end(run, end.value)
         except Exception as error:
-            log.exception("job %s failed", job.id)
-            return error
+            self._end(run, error)
+
+    def _share(self, runs: Sequence[_Run]) -> None:
+        """Run the passes of several jobs as one; where that fails, each alone, once."""
+        if not runs or self._engine is None:
+            return
+        with self._wake:
+            self._totals["rounds"] += 1
+            self._totals["shared"] += len(runs)
+        model = self._engine.model
+        for run in runs:
+            run.served = self._turns = self._turns + 1
+        try:
+            all_logits = iter(model.denoise_together([p for run in runs for p in run.wanted]))
+            for run in runs:
+                run.logits = [next(all_logits) for _ in run.wanted]
+            return
+        except Exception as error:
+            if len(runs) > 1:
+                log.warning("a shared pass failed (%s); its jobs go on alone", error)
+        free_memory()
+        for run in runs:
+            try:
+                run.logits = model.denoise_together(run.wanted)
+            except Exception as error:
+                self._end(run, error)
+
+    def _end(self, run: _Run, outcome: InfillResult | BaseException) -> None:
+        """Close a job's work and answer it."""
+        run.work.close()
+        with self._wake:
+            self._runs.remove(run)
+            self._schedule.remove(run.job)
+            self._idle_since = time.monotonic()
+        self._answer(run.job, _settled(run, outcome))
+
+    # The answers.
 
     def _answer(self, job: Job, outcome: InfillResult | BaseException) -> None:
-        """Resolve a job that nobody else resolves: it was taken from the queue, or has run."""
+        """Resolve a job that nobody else resolves: it was taken from the schedule."""
         if isinstance(outcome, InfillResult):
-            self._count(outcome.reason, outcome)
+            with self._wake:
+                if not job.request.background and outcome.reason != "superseded":
+                    self._answers.keep(job.request, outcome)
+            self._count(job, outcome.reason, outcome)
             job.future.set_result(outcome)
             return
-        self._count(outcome.code if isinstance(outcome, InfilldError) else InfilldError.code)
+        self._count(job, outcome.code if isinstance(outcome, InfilldError) else InfilldError.code)
         job.future.set_exception(outcome)
 
-    def _count(self, reason: str, result: InfillResult | None = None) -> None:
+    def _count(self, job: Job, reason: str, result: InfillResult | None = None) -> None:
         with self._wake:
             self._reasons[reason] += 1
-            if result is not None and result.reason != "superseded":
+            self._totals["background_jobs"] += job.request.background
+            if result is None or result.reason == "superseded":
+                return
+            for name in ("passes", "prompt_tokens", "cached_tokens"):
+                self._totals[name] += getattr(result.usage, name)
+            if not job.request.background:
                 self._job_ms.append(result.timings.total_ms)
-                for name in ("passes", "prompt_tokens", "cached_tokens"):
-                    self._totals[name] += getattr(result.usage, name)
+                is_at_once = bool(result.alternatives) and result.usage.passes == 0
+                self._totals["answered_at_once"] += is_at_once
+
+
+def _by_service(run: _Run) -> int:
+    return run.served
+
+
+def _by_deadline(run: _Run) -> float:
+    at = run.job.deadline_at
+    return float("inf") if at is None else at
+
+
+def _settled(run: _Run, outcome: InfillResult | BaseException) -> InfillResult | BaseException:
+    """The answer of a job that has run."""
+    job = run.job
+    if isinstance(outcome, InfillResult):
+        timings = replace(
+            outcome.timings,
+            queue_ms=1e3 * (run.begun_at - job.arrived_at),
+            total_ms=1e3 * (time.monotonic() - job.arrived_at),
+        )
+        return replace(outcome, id=job.id, timings=timings)
+    if isinstance(outcome, Superseded):
+        return _superseded(job)
+    if isinstance(outcome, torch.OutOfMemoryError):
+        return NotEnoughMemory(str(outcome))
+    if not isinstance(outcome, InfilldError):
+        log.error("job %s failed", job.id, exc_info=outcome)
+    return outcome
+
+
+def _nothing(job: Job, reason: Reason, why: str) -> InfillResult:
+    return InfillResult(id=job.id, seed=job.request.seed or 0, reason=reason, why=why)
 
 
 def _superseded(job: Job) -> InfillResult:
-    return InfillResult(
-        id=job.id,
-        seed=job.request.seed or 0,
-        reason="superseded",
-        why="A newer request for the same document took over.",
-    )
+    return _nothing(job, "superseded", "A newer request for the same document took over.")
 
 
-def load_infiller(folder: Path, device: str = "auto") -> Infiller:
-    """The engine over a checkpoint folder.
-
-    Args:
-        folder: checkpoint with tokenizer.json.
-        device: as for `Worker`.
-
-    Raises:
-        ModelError: the folder or the device will not do.
-    """
-    chosen = pick_device(device)
-    # Before the weights: what cannot be used is refused in a moment, not after minutes.
-    tokenizer = Tokenizer.from_folder(folder, ModelConfig.from_folder(folder).vocab_tokens)
-    # bfloat16 products are 4 to 5 times as fast as float32 only on CPUs that have them, and a
-    # starter-sized model is bound by launches, not products: float32 is exact everywhere.
-    dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    try:
-        model = load_model(folder, device=chosen, dtype=dtype)
-    except torch.OutOfMemoryError as error:
-        raise NotEnoughMemory(f"{folder} does not fit on {chosen}: {error}") from None
-    if chosen.type == "cuda":
-        _refuse_without_kernels(model.config)
-    return Infiller(
-        model,
-        tokenizer,
-        SamplerConfig.from_folder(folder),
-        calibration=Calibration.from_folder(folder),
-    )
+def _about(engine: Infiller) -> dict[str, object]:
+    model = engine.model
+    return {
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "memory_bytes": model_bytes(engine),
+        "canvas_tokens": model.config.canvas_tokens,
+        "prompt_tokens": engine.prompt_tokens,
+    }
 
 
-def _refuse_without_kernels(config: ModelConfig) -> None:
-    """Say at load, not at the first request, that the GPU's kernels cannot run."""
-    try:
-        require_triton("accept")
-    except KernelUnavailable as error:
-        raise UnsupportedDevice(f"CUDA without kernels: {error}") from None
-    from infilld.kernels.gpu.accept import LARGEST_CANVAS_TOKENS
-
-    if config.canvas_tokens > LARGEST_CANVAS_TOKENS:
-        raise CheckpointMismatch(
-            f"config.json: a canvas of {config.canvas_tokens} positions, "
-            f"the GPU's kernels take {LARGEST_CANVAS_TOKENS}"
-        )
-
-
-def pick_device(wish: str) -> torch.device:
-    """The device a wish stands for.
-
-    Raises:
-        UnsupportedDevice: no such device on this machine.
-    """
-    if wish == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wish)
-    except RuntimeError:
-        raise UnsupportedDevice(f"{wish!r} is not a device") from None
-    if device.type == "cpu":
-        return device
-    if device.type != "cuda" or not torch.cuda.is_available():
-        raise UnsupportedDevice(f"no {device.type} device that torch can use")
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        raise UnsupportedDevice(f"{wish}: this machine has {torch.cuda.device_count()}")
-    return device
+def _idle_s(engine: Infiller, wish: IdleUnload) -> float:
+    """Seconds after which an idle model is dropped; 0: never."""
+    if wish != "auto":
+        return 60.0 * wish
+    is_large = engine.model.device.type != "cpu" and model_bytes(engine) >= _LARGE_BYTES
+    return _IDLE_UNLOAD_S if is_large else 0.0

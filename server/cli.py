@@ -118,7 +118,11 @@ def _serve(options: argparse.Namespace, wanted: Settings) -> int:
 def _make_worker(wanted: Settings) -> Any:
     from infilld.engine.worker import Worker
 
-    return Worker(wanted.model_folder, device=wanted.device)
+    return Worker(
+        wanted.model_folder,
+        device=wanted.device,
+        idle_unload_minutes=wanted.idle_unload_minutes,
+    )
 
 
 def _wait_passively() -> None:
@@ -158,7 +162,8 @@ def _told(wanted: Settings) -> dict[str, object]:
         return told | {"state": "starting"} if told["pid"] is not None else told
     with Client(found.url, found.token, timeout_s=5.0) as client:
         entry = client.models()[0]
-        is_loaded = client.health().state == "ready"
+        # Ready is also a daemon that has to load its model again first.
+        is_loaded = client.health().state == "ready" and entry.get("state") != "unloaded"
     return told | {
         "state": "running",
         "pid": found.pid,

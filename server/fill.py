@@ -290,7 +290,7 @@ def _refuse_other_spans(reply: wire.InfillReply, spans: Sequence[Offsets]) -> No
 
 
 def _warn_of_vain_flags(options: argparse.Namespace, settings: Settings) -> None:
-    names = ("model", "device", "host", "port", "auth", "log_level")
+    names = ("model", "device", "host", "port", "auth", "log_level", "idle_unload_minutes")
     vain = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
     pid = discovery.running_pid(settings) if vain else None
     if pid is not None:

@@ -22,8 +22,14 @@ def router(jobs: Jobs) -> APIRouter:
 
     @routes.get("/health", responses={503: {"model": wire.Health}}, response_model=wire.Health)
     async def health() -> JSONResponse:
-        """200 when requests are served, 503 while the model is loading or could not be loaded."""
-        state = cast(Literal["loading", "ready", "failed"], jobs.worker.state)
+        """200 when requests are served, 503 while the model is loading or could not be loaded.
+
+        A model that was unloaded while nobody asked counts as ready: the next request waits until
+        it is loaded again. `/v1/models` and `/stats` say `unloaded`.
+        """
+        state = cast(Literal["loading", "ready", "unloaded", "failed"], jobs.worker.state)
+        if state == "unloaded":
+            state = "ready"
         said = wire.Health(api=API, version=version("infilld"), state=state)
         return JSONResponse(said.model_dump(), status_code=200 if state == "ready" else 503)
 

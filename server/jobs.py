@@ -8,12 +8,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Literal, Protocol
 
 from infilld.engine.errors import Cancelled, InfilldError
 from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult
 
 OnCanvas = Callable[[CanvasUpdate], None]
+Event = Literal["shown", "inserted", "partly", "dismissed", "retained"]
 
 
 class Job(Protocol):
@@ -36,7 +37,7 @@ class Worker(Protocol):
 
     @property
     def state(self) -> str:
-        """`loading`, `ready` or `failed`."""
+        """`loading`, `ready`, `unloaded` (the next job waits until it is loaded) or `failed`."""
 
     @property
     def failure(self) -> InfilldError | None:
@@ -50,6 +51,15 @@ class Worker(Protocol):
 
         Raises:
             Loading, Busy: not now.
+        """
+
+    def feedback(
+        self, job_id: str, event: Event, *, choice: int = 0, chars: int | None = None
+    ) -> None:
+        """Note what became of an answer.
+
+        Raises:
+            UnknownId, UnknownOption: there is no such answer, or no such choice.
         """
 
     def describe(self) -> dict[str, object]:

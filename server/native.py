@@ -1,4 +1,4 @@
-"""`POST /v1/infill`: the native route, plain and streamed."""
+"""The native routes: `POST /v1/infill`, plain and streamed, and `POST /v1/feedback`."""
 
 import asyncio
 import logging
@@ -30,6 +30,11 @@ def router(jobs: Jobs) -> APIRouter:
             return _Stream(jobs, job)
         result = await _run(jobs, wanted, request)
         return JSONResponse(to_reply(result, jobs.model).model_dump())
+
+    @routes.post("/v1/feedback", status_code=204, responses={404: {"model": wire.ErrorReply}})
+    async def feedback(told: wire.Feedback) -> None:
+        """Say what became of a suggestion; one that was inserted is followed up."""
+        jobs.worker.feedback(told.id, told.event, choice=told.choice, chars=told.chars)
 
     return routes
 

@@ -33,6 +33,7 @@ STATUS: Mapping[type[InfilldError], int] = {
     errors.Unavailable: 503,
     errors.Loading: 503,
     errors.Busy: 429,
+    errors.UnknownId: 404,
     # Nobody reads it when the client went away; otherwise the daemon is stopping.
     errors.Cancelled: 503,
 }

@@ -10,11 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Literal
 
 STARTER = "starter"
 DEFAULT_PORT = 8741
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _PREFIX = "INFILLD_"
+# A year: a timer that is set for longer than this means never.
+_MOST_MINUTES = 525_600
+_A_TIME = f'expected minutes from 0 to {_MOST_MINUTES}, or "auto"'
 
 
 class Problem(Exception):
@@ -59,6 +63,8 @@ class Settings:
         state_dir: folder of the lock, the daemon's address, the token and the log.
         auth: ask for the bearer token.
         log_level: one of `LOG_LEVELS`.
+        idle_unload_minutes: after so long without a request the model is dropped, and loaded
+            again at the next; 0: never; "auto": 15 for 1 GiB or more on a GPU, else never.
     """
 
     model: str = STARTER
@@ -70,6 +76,7 @@ class Settings:
     )
     auth: bool = True
     log_level: str = "info"
+    idle_unload_minutes: float | Literal["auto"] = "auto"
 
     @property
     def model_folder(self) -> Path | None:
@@ -201,6 +208,20 @@ def _log_level(value: object, folder: Path) -> str:
     return str(value)
 
 
+def _minutes(value: object, folder: Path) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(_A_TIME)
+    try:
+        minutes = float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(_A_TIME) from None
+    if not 0 <= minutes <= _MOST_MINUTES:
+        raise ValueError(_A_TIME)
+    return minutes
+
+
 _READERS: Mapping[str, Callable[[object, Path], object]] = {
     "model": _model,
     "device": _device,
@@ -209,6 +230,7 @@ _READERS: Mapping[str, Callable[[object, Path], object]] = {
     "state_dir": _path,
     "auth": _bool,
     "log_level": _log_level,
+    "idle_unload_minutes": _minutes,
 }
 KEYS = tuple(f.name for f in fields(Settings))
 HELP: Mapping[str, str] = {
@@ -219,4 +241,5 @@ HELP: Mapping[str, str] = {
     "state_dir": "folder of the lock, the token and the log",
     "auth": "ask for the bearer token: true or false",
     "log_level": ", ".join(LOG_LEVELS),
+    "idle_unload_minutes": "drop the model after so long without a request; 0: never; auto",
 }

@@ -25,6 +25,7 @@ Text = Annotated[str, AfterValidator(_refuse_lone_surrogates)]
 MAX_DEADLINE_MS = 3_600_000
 MAX_SEED = 2**63 - 1
 MAX_TOKENS = 1_000_000
+MAX_CHARS = 2**31 - 1
 # Each is looked at for each span, or counted in the prompt: far more than anybody has use for.
 MAX_CONTEXT_ITEMS = 256
 MAX_REPAIRS = 256
@@ -35,6 +36,7 @@ Count = Annotated[int, Field(strict=True)]
 Deadline = Annotated[int, Field(strict=True, ge=1, le=MAX_DEADLINE_MS)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)]
 TokenCount = Annotated[int, Field(strict=True, ge=0, le=MAX_TOKENS)]
+Place = Annotated[int, Field(strict=True, ge=0, le=MAX_CHARS)]
 Flag = Annotated[bool, Field(strict=True)]
 Boldness = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 
@@ -173,6 +175,19 @@ class CanvasEvent(_Reply):
     passes: int = Field(validation_alias="pass", serialization_alias="pass")
     spans: list[DraftSpan]
     revised: bool = False
+
+
+class Feedback(_Request):
+    """Body of `POST /v1/feedback`: what became of choice number `choice` of an answer.
+
+    `shown`, then `inserted` (all of it), `partly` (its first `chars` code points) or `dismissed`;
+    `retained`: what was inserted still stands later. The answer is an empty 204.
+    """
+
+    id: Text
+    choice: Place = 0
+    event: Literal["shown", "inserted", "partly", "dismissed", "retained"]
+    chars: Place | None = None
 
 
 class ErrorBody(_Reply):

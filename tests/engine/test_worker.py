@@ -157,7 +157,7 @@ def test_no_job_waits_for_a_thread_that_is_gone(
     def broken(*_: object) -> None:
         raise SystemError("no more")
 
-    monkeypatch.setattr(worker, "_outcome", broken)
+    monkeypatch.setattr(worker, "_step", broken)
     job = worker.submit(request())
     with pytest.raises(ModelError, match="broke"):
         job.future.result(WAIT_S)

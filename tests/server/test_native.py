@@ -246,6 +246,54 @@ def test_a_number_that_is_no_count_is_a_400(shared: LiveServer, key: str, number
     assert shared.worker.jobs == []
 
 
+def test_feedback_reaches_the_engine(server: LiveServer) -> None:
+    with server.client() as client:
+        reply = client.infill(asked())
+    told: list[dict[str, object]] = [
+        {"id": reply.id, "event": "shown"},
+        {"id": reply.id, "event": "partly", "choice": 1, "chars": 3},
+        {"id": reply.id, "event": "inserted", "choice": 0},
+    ]
+    for body in told:
+        got = post(server, body, "/v1/feedback")
+        assert (got.status_code, got.content) == (204, b"")
+    assert server.worker.told == [
+        (reply.id, "shown", 0, None),
+        (reply.id, "partly", 1, 3),
+        (reply.id, "inserted", 0, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"id": "nobody", "event": "shown"}, 404, "unknown_id"),
+        ({"id": "nobody", "event": "accepted"}, 400, "bad_request"),
+        ({"id": "nobody"}, 400, "bad_request"),
+        ({"event": "shown"}, 400, "bad_request"),
+        ({"id": "nobody", "event": "shown", "choice": -1}, 400, "unknown_option"),
+        ({"id": "nobody", "event": "shown", "chars": -1}, 400, "unknown_option"),
+        ({"id": "nobody", "event": "shown", "chars": 10**400}, 400, "unknown_option"),
+        ({"id": "nobody", "event": "shown", "chars": 1.0}, 400, "bad_request"),
+        ({"id": "nobody", "event": "shown", "text": "x"}, 400, "unknown_key"),
+    ],
+)
+def test_feedback_that_belongs_to_nothing(
+    shared: LiveServer, body: dict[str, object], status: int, code: str
+) -> None:
+    got = post(shared, body, "/v1/feedback")
+    assert (got.status_code, error_of(got)["code"]) == (status, code)
+
+
+def test_an_unloaded_model_counts_as_ready(server: LiveServer) -> None:
+    server.worker.state = "unloaded"
+    health = httpx.get(server.url + "/health")
+    assert (health.status_code, health.json()["state"]) == (200, "ready")
+    with server.client() as client:
+        assert client.stats()["state"] == "unloaded"
+        assert client.infill(asked()).reason == "ok"
+
+
 def test_an_unknown_key_is_named(shared: LiveServer) -> None:
     got = error_of(post(shared, BODY | {"spans": [{"start": 0, "end": 0, "ned": 1}]}))
     assert "spans.0.ned" in got["message"]

@@ -56,6 +56,11 @@ def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("port", True),
         ("auth", "maybe"),
         ("log_level", "loud"),
+        ("idle_unload_minutes", "-1"),
+        ("idle_unload_minutes", "soon"),
+        ("idle_unload_minutes", "nan"),
+        ("idle_unload_minutes", "inf"),
+        ("idle_unload_minutes", True),
         ("device", ""),
         ("model", ""),
         ("host", "0.0.0.0"),
@@ -73,6 +78,18 @@ def test_broken_toml_names_the_file(own_home: Path) -> None:
     path = write_config(own_home, "port = ")
     with pytest.raises(SettingsProblem, match=str(path)):
         load()
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"), [("auto", "auto"), ("0", 0.0), (1.5, 1.5), ("15", 15.0)]
+)
+def test_the_model_may_be_unloaded_when_idle(value: object, meant: object) -> None:
+    assert load().idle_unload_minutes == "auto"
+    wanted = load({"idle_unload_minutes": value})
+    assert wanted.idle_unload_minutes == meant
+    words = wanted.flags()
+    given = words[words.index("--idle-unload-minutes") + 1]
+    assert load({"idle_unload_minutes": given}) == wanted
 
 
 def test_flags_give_another_process_the_same_settings(own_home: Path) -> None:

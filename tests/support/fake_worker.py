@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Literal
 
-from infilld.engine.errors import Busy, Cancelled, InfilldError, Loading
+from infilld.engine.errors import Busy, Cancelled, InfilldError, Loading, UnknownId
 from infilld.engine.request import (
     Alternative,
     CanvasUpdate,
@@ -25,6 +26,7 @@ from infilld.engine.request import (
 )
 
 OnCanvas = Callable[[CanvasUpdate], None]
+Event = Literal["shown", "inserted", "partly", "dismissed", "retained"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,7 @@ class FakeWorker:
         self.state = "loading" if is_loading else "ready"
         self.failure: InfilldError | None = None
         self.jobs: list[FakeJob] = []
+        self.told: list[tuple[str, str, int, int | None]] = []
         self._capacity = capacity
         self._is_open = threading.Event()
         self._is_open.set()
@@ -126,6 +129,13 @@ class FakeWorker:
         threading.Thread(target=self._run, args=(job, on_canvas), daemon=True).start()
         self._note()
         return job
+
+    def feedback(
+        self, job_id: str, event: Event, *, choice: int = 0, chars: int | None = None
+    ) -> None:
+        if all(job.id != job_id for job in self.jobs):
+            raise UnknownId(f"no job {job_id!r}")
+        self.told.append((job_id, event, choice, chars))
 
     def describe(self) -> dict[str, object]:
         return {

@@ -1,0 +1,210 @@
+"""What runs next: jobs that wait, jobs that are live, and who shares the next pass.
+
+    add ──▶ waiting ──admit──▶ live ──remove──▶ answered
+              │ ▲                │ turn: interactive jobs, else background ones
+              │ └ newest of its document: older ones are superseded, waiting or live
+              └ expired: the deadline struck in the queue
+
+No tensors, no threads: the worker holds its lock around every call.
+"""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from infilld.engine.errors import Busy, Cancelled
+from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult
+
+T = TypeVar("T")
+
+MAX_QUEUED = 32
+MAX_LIVE = 4
+# Each holds an encoded prompt while it is suspended.
+MAX_LIVE_BACKGROUND = 1
+
+OnCanvas = Callable[[CanvasUpdate], None]
+
+
+class Superseded(Exception):
+    """A newer job of the same document took over."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way. `future` ends with a result, or raises an InfilldError.
+
+    Attributes:
+        id: names the job and its result.
+        request: what was asked. on_canvas: called on the worker's thread after every pass.
+        future: the answer. arrived_at: `time.monotonic()` reading, seconds.
+    """
+
+    request: InfillRequest
+    on_canvas: OnCanvas | None
+    _withdraw: Callable[["Job"], None]
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    future: "Future[InfillResult]" = field(default_factory=Future)
+    arrived_at: float = field(default_factory=time.monotonic)
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+    _superseded: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Give the job up: takes effect within one pass, then `future` raises Cancelled."""
+        self._cancelled.set()
+        self._withdraw(self)
+
+    def supersede(self) -> None:
+        """End the job with the reason `superseded`."""
+        self._superseded.set()
+
+    def check(self) -> None:
+        """Raise if the job is no longer wanted."""
+        if self._cancelled.is_set():
+            raise Cancelled("the client went away")
+        if self._superseded.is_set():
+            raise Superseded
+
+    @property
+    def deadline_at(self) -> float | None:
+        """`time.monotonic()` reading at which the deadline strikes."""
+        ms = self.request.deadline_ms
+        return None if ms is None else self.arrived_at + ms / 1e3
+
+
+class Schedule:
+    """The open jobs, each either waiting or live; oldest first."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Job] = []
+        self._live: list[Job] = []
+
+    @property
+    def waiting(self) -> Sequence[Job]:
+        """Jobs that have not begun."""
+        return tuple(self._waiting)
+
+    @property
+    def live(self) -> Sequence[Job]:
+        """Jobs that have begun, suspended ones too."""
+        return tuple(self._live)
+
+    def add(self, job: Job) -> list[Job]:
+        """Queue a job; returns the waiting ones it supersedes, which are open no more.
+
+        Live ones are told, and end at their next check. A background job supersedes only
+        background ones.
+
+        Raises:
+            Busy: too many wait; nothing has changed.
+        """
+        request = job.request
+        older = (
+            []
+            if request.document is None
+            else [
+                other
+                for other in (*self._waiting, *self._live)
+                if other.request.document == request.document
+                and (other.request.background or not request.background)
+            ]
+        )
+        alike = [
+            other
+            for other in self._waiting
+            if other.request.background == request.background and other not in older
+        ]
+        if len(alike) >= MAX_QUEUED:
+            raise Busy(f"{len(alike)} requests are waiting")
+        superseded = [other for other in older if other in self._waiting]
+        for other in older:
+            other.supersede()
+        self._waiting = [other for other in self._waiting if other not in superseded]
+        self._waiting.append(job)
+        return superseded
+
+    def admit(self) -> list[Job]:
+        """Let waiting jobs begin, as many as may; returns them.
+
+        A background job begins when no interactive one is open.
+        """
+        begun = []
+        for is_background, most in ((False, MAX_LIVE), (True, MAX_LIVE_BACKGROUND)):
+            if is_background and self.is_interactive:
+                break
+            live = sum(job.request.background == is_background for job in self._live)
+            ready = [job for job in self._waiting if job.request.background == is_background]
+            begun += ready[: max(0, most - live)]
+        self._waiting = [job for job in self._waiting if job not in begun]
+        self._live += begun
+        return begun
+
+    def turn(self) -> list[Job]:
+        """The live jobs that may go on now: interactive ones, or else those of the background."""
+        return [job for job in self._live if job.request.background != self.is_interactive]
+
+    @property
+    def is_interactive(self) -> bool:
+        """Whether anybody waits for an answer now."""
+        return any(not job.request.background for job in (*self._waiting, *self._live))
+
+    def expired(self, now: float) -> list[Job]:
+        """Take out the waiting jobs whose deadline has struck."""
+        late = [
+            job for job in self._waiting if job.deadline_at is not None and job.deadline_at <= now
+        ]
+        self._waiting = [job for job in self._waiting if job not in late]
+        return late
+
+    @property
+    def next_deadline_at(self) -> float | None:
+        """The first deadline of a waiting job."""
+        return min((job.deadline_at for job in self._waiting if job.deadline_at), default=None)
+
+    def withdraw(self, job: Job) -> bool:
+        """Take out a waiting job; False: it has begun, or is not open."""
+        if job not in self._waiting:
+            return False
+        self._waiting.remove(job)
+        return True
+
+    def remove(self, job: Job) -> None:
+        """Take out a live job that has ended."""
+        self._live.remove(job)
+
+    def clear(self) -> list[Job]:
+        """Take out every job."""
+        jobs = [*self._waiting, *self._live]
+        self._waiting, self._live = [], []
+        return jobs
+
+    def check(self) -> None:
+        """Refuse a state that breaks a promise."""
+        jobs = [*self._waiting, *self._live]
+        assert len(set(map(id, jobs))) == len(jobs), "a job is open once"
+        for is_background, most in ((False, MAX_LIVE), (True, MAX_LIVE_BACKGROUND)):
+            waiting = [job for job in self._waiting if job.request.background == is_background]
+            live = [job for job in self._live if job.request.background == is_background]
+            assert len(waiting) <= MAX_QUEUED, "the queue is bounded"
+            assert len(live) <= most, "the live jobs are bounded"
+            named = [job.request.document for job in waiting if job.request.document is not None]
+            assert len(set(named)) == len(named), "one waiting job a document"
+
+
+def fitting(wanted: Sequence[tuple[T, int]], limit: int) -> list[T]:
+    """Those of the first come that share one pass of at most `limit` positions.
+
+    Args:
+        wanted: who waits for passes over how many positions, the longest waiting first.
+        limit: positions; the first is taken even if it needs more, so that nobody starves.
+    """
+    taken: list[T] = []
+    free = limit
+    for each, positions in wanted:
+        if not taken or positions <= free:
+            taken.append(each)
+            free -= positions
+    return taken
