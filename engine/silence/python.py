@@ -29,7 +29,7 @@ _STAND_INS = (
     "",
 )
 # A fill that cannot be blamed in this time is not.
-_MOST_S = 0.2
+_MOST_S = 0.1
 # A longer line is not judged: it may nest deeper than the parser's stack.
 _MOST_FILL_CHARS = 20_000
 
@@ -53,7 +53,7 @@ class PythonText:
     """
 
     def __init__(self, prefix: str, suffix: str) -> None:
-        self._part = parsable_part(prefix, suffix)
+        self._part = parsable_part(prefix, suffix, "python")
 
     def is_broken_by(self, fill: str) -> bool:
         """Whether the document parses with some other line there, but not with this fill."""

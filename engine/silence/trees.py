@@ -51,7 +51,7 @@ _STAND_INS = {
     "yaml": ("a", "a: b", "- a", ": b", " b"),
 }
 # A fill that cannot be blamed in this time is not.
-_MOST_S = 0.06
+_MOST_S = 0.04
 # A grammar reads C and C++ before the preprocessor does: a macro is an error, and so is a part of a
 # condition. Of 400 true texts of a library 20 were blamed without this.
 _PREPROCESSED = frozenset(("c", "cpp"))
@@ -102,7 +102,7 @@ class SyntaxTrees:
         self._language = language or ""
         self._likely = likely
         self._closers = closers
-        part = parsable_part(prefix, suffix)
+        part = parsable_part(prefix, suffix, language)
         if part is not None and _line_chars(*part) > _MOST_LINE_CHARS:
             part = None
         self._prefix, self._suffix = (_bytes(text) for text in part or ("", ""))

@@ -287,6 +287,24 @@ def test_a_long_document_is_judged() -> None:
         assert around.objection(fill) is not None
 
 
+def test_a_method_of_a_long_class_is_judged() -> None:
+    methods = "\n\n    def f(self):\n        return {1: [self.a]}\n" * 2_000
+    before = f"class B:\n    a = 1\n{methods}\n    def g(self):\n        "
+    around = Surroundings(before, f"\n{methods}", language="python")
+    assert around.objection("return f(self)") is None
+    for fill in ("return f(self", "return f(self))", "return = self"):
+        assert around.objection(fill) is not None
+
+
+def test_branches_of_the_preprocessor_may_close_the_same_bracket() -> None:
+    before = "#ifdef A\nint f(int a) {\n#else\nint f(long a) {\n#endif\n    "
+    around = Surroundings(before, "\n}\n", language="c")
+    assert around.objection("return a;") is None
+    assert around.objection("return (a;") is not None
+    macro = Surroundings("", "\n\nint g(int a) { return a; }\n", language="cpp")
+    assert macro.objection("A_API int f(int a);") is None
+
+
 def test_nothing_is_parsed_too_late() -> None:
     around = Surroundings("x = ", "\n", language="python")
     assert around.objection("= 1") is not None
