@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -22,6 +22,11 @@ from infilld.lsp.protocol import BridgeProtocol
 
 STATUS = "infilld.status"
 _STATUS_WAIT_S = 2.0
+# What a selection is offered: the kind, the command and what the user reads.
+_ACTIONS: Mapping[types.CodeActionKind, tuple[str, str]] = {
+    types.CodeActionKind.QuickFix: ("repair", "Repair with infilld"),
+    types.CodeActionKind.RefactorRewrite: ("rewrite", "Write anew with infilld"),
+}
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +74,9 @@ def create_server() -> BridgeServer:
     server.feature(types.TEXT_DOCUMENT_INLINE_COMPLETION, types.InlineCompletionOptions())(
         _inline_completion
     )
+    server.feature(
+        types.TEXT_DOCUMENT_CODE_ACTION, types.CodeActionOptions(code_action_kinds=list(_ACTIONS))
+    )(_code_actions)
     for what in READERS:
         server.feature(f"infilld/{what}")(_edit_request(what))
         server.command(f"infilld.{what}")(_edit_command(what))
@@ -109,6 +117,50 @@ async def _inline_completion(
 ) -> types.InlineCompletionList | None:
     """Fill the gap at the cursor."""
     return await ls.inline.answer(params)
+
+
+def _code_actions(ls: BridgeServer, params: types.CodeActionParams) -> list[types.CodeAction]:
+    """Offer to repair or rewrite a selection; each is a command that does the work later."""
+    if params.range.start == params.range.end or ls.documents.get(params.text_document.uri) is None:
+        return []
+    support = (
+        ls.client_capabilities.text_document and ls.client_capabilities.text_document.code_action
+    )
+    tags = [types.CodeActionTag.LlmGenerated] if support and support.tag_support else None
+    more: Mapping[str, dict[str, object]] = {
+        "repair": {"diagnostics": [_plain(each.range) for each in params.context.diagnostics]},
+        "rewrite": {"instruction": ""},
+    }
+    shared = {"textDocument": {"uri": params.text_document.uri}, "range": _plain(params.range)}
+    return [
+        types.CodeAction(
+            title=title,
+            kind=kind,
+            tags=tags,
+            command=types.Command(title, f"infilld.{what}", arguments=[{**shared, **more[what]}]),
+        )
+        for kind, (what, title) in _ACTIONS.items()
+        if _is_asked_for(kind.value, params.context.only)
+    ]
+
+
+def _is_asked_for(kind: str, only: Sequence[types.CodeActionKind | str] | None) -> bool:
+    # "refactor" asks for "refactor.rewrite" too; an empty kind for all.
+    return only is None or any(
+        not each or f"{kind}.".startswith(f"{each}.") for each in map(_text, only)
+    )
+
+
+def _text(kind: types.CodeActionKind | str) -> str:
+    return kind.value if isinstance(kind, types.CodeActionKind) else kind
+
+
+def _plain(place: types.Range) -> dict[str, dict[str, int]]:
+    """A range as JSON; arguments of commands are sent as they are."""
+    return {
+        "start": {"line": place.start.line, "character": place.start.character},
+        "end": {"line": place.end.line, "character": place.end.character},
+    }
 
 
 def _edit_request(what: str) -> Callable[[BridgeServer, Any], Awaitable[dict[str, Any]]]:

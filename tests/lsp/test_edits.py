@@ -424,6 +424,66 @@ def test_a_cancelled_command_applies_nothing(
     assert not [m for m in bridge.received("workspace/applyEdit") if uri in str(m)]
 
 
+def actions(bridge: FakeEditor, uri: str, place: object, **context: object) -> list[Any]:
+    params = {"textDocument": {"uri": uri}, "range": place, "context": context}
+    got: list[Any] = bridge.call("textDocument/codeAction", params)
+    return got
+
+
+def test_a_selection_may_be_repaired_or_written_anew(
+    bridge: FakeEditor, worker: FakeWorker, uri: str
+) -> None:
+    """An action is a command whose argument is the request's params."""
+    text = "é😀 = old(\n"
+    bridge.open(uri, text)
+    place, wrong = where(text, 0, 9, bridge.encoding), where(text, 8, 9, bridge.encoding)
+    repair, rewrite = actions(
+        bridge, uri, place, diagnostics=[{"range": wrong, "message": "never closed"}]
+    )
+    assert (repair["kind"], rewrite["kind"]) == ("quickfix", "refactor.rewrite")
+    assert "tags" not in repair
+    for action, repaired in ((repair, [(8, 9)]), (rewrite, None)):
+        worker.jobs.clear()
+        command = {name: action["command"][name] for name in ("command", "arguments")}
+        number = bridge.request("workspace/executeCommand", command)
+        request = applying(bridge, uri)
+        bridge.respond(request["id"], {"applied": False})
+        assert bridge.reply(number)["result"]["reason"] == "not_applied"
+        asked_for = worker.jobs[0].request
+        got = asked_for.repair and [(each.start, each.end) for each in asked_for.repair]
+        assert (got, asked_for.instruction) == (repaired, None)
+        bridge.forget(request)
+
+
+@pytest.mark.parametrize(
+    ("only", "kinds"),
+    [
+        (["refactor"], ["refactor.rewrite"]),
+        (["quickfix"], ["quickfix"]),
+        ([""], ["quickfix", "refactor.rewrite"]),
+        (["refactor.rewrite.more", "source", "quick"], []),
+    ],
+)
+def test_only_the_actions_asked_for(
+    bridge: FakeEditor, uri: str, only: list[str], kinds: list[str]
+) -> None:
+    bridge.open(uri, "old\n")
+    place = where("old\n", 0, 3, "utf-8")
+    found = actions(bridge, uri, place, diagnostics=[], only=only)
+    assert [each["kind"] for each in found] == kinds
+    assert actions(bridge, uri, where("old\n", 1, 1, "utf-8"), diagnostics=[]) == []
+    assert actions(bridge, uri + "x", place, diagnostics=[]) == []
+
+
+def test_actions_are_marked_for_editors_that_know_the_mark(tmp_path: Path) -> None:
+    capabilities = {"textDocument": {"codeAction": {"tagSupport": {"valueSet": [1]}}}}
+    with FakeEditor(tmp_path, state_dir=tmp_path / "state", options={"startDaemon": False}) as it:
+        it.initialize(**capabilities)
+        it.open("file:///a.py", "old\n")
+        found = actions(it, "file:///a.py", PLACE, diagnostics=[])
+        assert [each["tags"] for each in found] == [[1], [1]]
+
+
 def test_a_deadline_of_1_ms(live: LiveServer, worker: FakeWorker, tmp_path: Path) -> None:
     worker.hold()
     options = {"startDaemon": False, "editDeadlineMs": 1, "daemonWaitMs": 20_000}

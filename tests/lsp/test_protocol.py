@@ -47,7 +47,9 @@ def test_what_is_advertised(fresh: FakeEditor) -> None:
     assert capabilities["textDocumentSync"]["openClose"] is True
     assert capabilities["textDocumentSync"]["change"] == 2
     assert result["serverInfo"] == {"name": "infilld", "version": version("infilld")}
-    beyond = ("codeActionProvider", "completionProvider", "notebookDocumentSync")
+    kinds = {"quickfix", "refactor.rewrite"}
+    assert set(capabilities["codeActionProvider"]["codeActionKinds"]) == kinds
+    beyond = ("completionProvider", "notebookDocumentSync")
     assert not [name for name in beyond if capabilities.get(name)]
 
 

@@ -110,6 +110,11 @@ class FakeEditor:
         with self._changed:
             return [m["params"] for m in self._messages if m.get("method") == method]
 
+    def forget(self, message: dict[str, Any]) -> None:
+        """Leave a message out of what has come, so that the next of its kind is found."""
+        with self._changed:
+            self._messages.remove(message)
+
     def received_errors(self) -> list[dict[str, Any]]:
         """The errors that have come so far, those without an id included."""
         with self._changed:
@@ -117,14 +122,14 @@ class FakeEditor:
 
     # A session
 
-    def initialize(self) -> dict[str, Any]:
+    def initialize(self, **capabilities: object) -> dict[str, Any]:
         general = {} if self._encodings is None else {"positionEncodings": list(self._encodings)}
         result: dict[str, Any] = self.call(
             "initialize",
             {
                 "processId": os.getpid(),
                 "rootUri": self._root,
-                "capabilities": {"general": general},
+                "capabilities": {"general": general, **capabilities},
                 "initializationOptions": self._options,
             },
         )
