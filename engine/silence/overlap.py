@@ -121,7 +121,8 @@ class Overlap:
         if with_them is not None and without is not None and without.total != with_them.total:
             return without.total < with_them.total
         is_table = above[-count:] == again or self._lines.below[count : 2 * count] == again
-        return any(map(is_telling, again)) and not is_table
+        telling = [line for line in again if is_telling(line)]
+        return bool(telling) and len(set(telling)) == len(telling) and not is_table
 
     def _without_closers(self, fill: str) -> str:
         """The fill without closing text that follows it, where brackets are better off without."""

@@ -168,7 +168,13 @@ def test_the_lines_around_are_not_written_again(language: str) -> None:
         ("x = ", "1  ", "\n", "1"),
         ("x = ", "1 ", "+ 2\n", "1 "),
         ("f(", "a)\ng(b)\n", ")\ng(b)\n", "a"),
-        # A table of equal rows.
+        # A table of equal rows, a loop that was unrolled.
+        (
+            "if x:\n    ",
+            "step_on(s, o)\n    step_on(s, o)",
+            "\n    step_on(s, o)\n" * 2,
+            "step_on(s, o)\n    step_on(s, o)",
+        ),
         ("    first, 1, 1,\n    ", "first, 1, 1,", "\n    first, 1, 1,\n", "first, 1, 1,"),
     ],
 )
