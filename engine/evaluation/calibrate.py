@@ -90,7 +90,7 @@ def judge(
 ) -> list[Judged]:
     """What is known of every candidate of every item, and whether it is right.
 
-    Where nothing is missing, every candidate with a text is wrong.
+    Where nothing is missing, every text is wrong, and none at all is right.
 
     Args:
         engine: the model; its own calibration is not used.
@@ -164,8 +164,14 @@ def shown_above(
     halves = [fit(judged[1::2]), fit(judged[0::2])]
     best: list[tuple[float, bool]] = []
     for place, candidates in enumerate(judged):
-        rated = [(halves[place % 2].confidence(each), right) for each, right in candidates]
-        best.append(max(rated, default=(0.0, False)))
+        half = halves[place % 2]
+        rated = [(half.confidence(each), right, each) for each, right in candidates]
+        confidence, is_right, features = max(
+            rated, key=lambda each: each[0], default=(0.0, False, {})
+        )
+        # Where nothing is likeliest, nothing is shown.
+        is_nothing = not rated or features.get("is_empty", 0.0) > 0
+        best.append((-1.0, False) if is_nothing else (confidence, is_right))
     rows = []
     for threshold in thresholds:
         shown = [confidence >= threshold for confidence, _ in best]

@@ -43,6 +43,18 @@ SWITCHES = {
     "suffix_in_prompt": Switch(
         "the engine with the suffix in the prompt alone, nothing pinned", {"pins_suffix": False}
     ),
+    "heals": Switch("the engine, beginning a gap within a word with its token", {"heals": True}),
+    "nothing_told": Switch(
+        "the engine, its first pass not told what is given or drafted", {"tells_given": False}
+    ),
+    "no_plateau": Switch("the engine, done with a canvas only when sure", {"plateau": False}),
+    "samples": Switch("the engine, sampling what it accepts", {"samples": True}),
+    "exact_lengths": Switch(
+        "the engine, trying exact lengths, as without filler tokens", {"searches_length": True}
+    ),
+    "starts_anew": Switch("the engine, using nothing again after typing", {"follows": False}),
+    "no_trims": Switch("the engine, cutting off no repeated suffix", {"trims": False}),
+    "no_checks": Switch("the engine, showing what repeats or breaks", {"checks": False}),
     "oracle_length": Switch("the engine, told the true number of tokens", knows_length=True),
 }
 """The engine as shipped, and with one mechanism switched."""

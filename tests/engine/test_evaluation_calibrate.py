@@ -44,9 +44,11 @@ def test_where_nothing_is_missing_every_text_is_wrong() -> None:
     told: list[tuple[int, int]] = []
     silent = Item("silent", before, "", "\n", "")
     judged = judge(engine, [gap, silent], 0, lambda done, count: told.append((done, count)))
-    # The found draft is among the candidates of both.
-    assert [sum(right for _, right in each) for each in judged] == [1, 0]
-    assert all(judged)
+    # The found draft is among the candidates of both, and so is nothing at all.
+    for candidates, is_right_empty in zip(judged, (False, True), strict=True):
+        right = [features["is_empty"] > 0 for features, is_right in candidates if is_right]
+        assert right == [is_right_empty]
+        assert sum(features["is_found"] for features, _ in candidates) >= 1
     assert told == [(1, 2), (2, 2)]
 
 
@@ -76,6 +78,13 @@ def test_the_table_tells_what_a_threshold_costs() -> None:
     }
     assert (high["shown"], high["silent"]) == (1.0, 1.0)
     assert high["precision"] == pytest.approx(right / 64)
+
+
+def test_where_nothing_is_likeliest_nothing_is_shown() -> None:
+    silent: Judged = [({"is_empty": 1.0}, True), ({"is_empty": 0.0}, False)]
+    gap: Judged = [({"is_empty": 1.0}, False), ({"is_empty": 0.0}, False)]
+    (row,) = shown_above([silent, silent, gap] * 8, [True, True, False] * 8, [0.0])
+    assert (row["silent"], row["shown"], row["precision"]) == (1.0, 0.0, 0.0)
 
 
 class TestCommand:
