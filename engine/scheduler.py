@@ -33,6 +33,10 @@ class Superseded(Exception):
     """A newer job of the same document took over."""
 
 
+class Struck(Exception):
+    """The deadline struck before there was anything to show, and the job was answered so."""
+
+
 @dataclass(eq=False)
 class Job:
     """A request on its way. `future` ends with a result, or raises an InfilldError.
@@ -41,6 +45,7 @@ class Job:
         id: names the job and its result.
         request: what was asked. on_canvas: called on the worker's thread after every pass.
         future: the answer. arrived_at: `time.monotonic()` reading, seconds.
+        is_answered: `future` is spoken for; whoever sets this, with the worker's lock, resolves it.
     """
 
     request: InfillRequest
@@ -49,8 +54,10 @@ class Job:
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     future: "Future[InfillResult]" = field(default_factory=Future)
     arrived_at: float = field(default_factory=time.monotonic)
+    is_answered: bool = False
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _superseded: threading.Event = field(default_factory=threading.Event)
+    _struck: threading.Event = field(default_factory=threading.Event)
 
     def cancel(self) -> None:
         """Give the job up: takes effect within one pass, then `future` raises Cancelled."""
@@ -61,12 +68,18 @@ class Job:
         """End the job with the reason `superseded`."""
         self._superseded.set()
 
+    def strike(self) -> None:
+        """End the job, which was answered with the reason `deadline`."""
+        self._struck.set()
+
     def check(self) -> None:
         """Raise if the job is no longer wanted."""
         if self._cancelled.is_set():
             raise Cancelled("the client went away")
         if self._superseded.is_set():
             raise Superseded
+        if self._struck.is_set():
+            raise Struck
 
     @property
     def deadline_at(self) -> float | None:
@@ -76,9 +89,14 @@ class Job:
 
 
 class Schedule:
-    """The open jobs, each either waiting or live; oldest first."""
+    """The open jobs, each either waiting or live; oldest first.
 
-    def __init__(self) -> None:
+    Args:
+        max_live: interactive jobs that run side by side.
+    """
+
+    def __init__(self, max_live: int = MAX_LIVE) -> None:
+        self._most = ((False, max_live), (True, MAX_LIVE_BACKGROUND))
         self._waiting: list[Job] = []
         self._live: list[Job] = []
 
@@ -132,7 +150,7 @@ class Schedule:
         A background job begins when no interactive one is open.
         """
         begun = []
-        for is_background, most in ((False, MAX_LIVE), (True, MAX_LIVE_BACKGROUND)):
+        for is_background, most in self._most:
             if is_background and self.is_interactive:
                 break
             live = sum(job.request.background == is_background for job in self._live)
@@ -159,11 +177,6 @@ class Schedule:
         self._waiting = [job for job in self._waiting if job not in late]
         return late
 
-    @property
-    def next_deadline_at(self) -> float | None:
-        """The first deadline of a waiting job."""
-        return min((job.deadline_at for job in self._waiting if job.deadline_at), default=None)
-
     def withdraw(self, job: Job) -> bool:
         """Take out a waiting job; False: it has begun, or is not open."""
         if job not in self._waiting:
@@ -185,7 +198,7 @@ class Schedule:
         """Refuse a state that breaks a promise."""
         jobs = [*self._waiting, *self._live]
         assert len(set(map(id, jobs))) == len(jobs), "a job is open once"
-        for is_background, most in ((False, MAX_LIVE), (True, MAX_LIVE_BACKGROUND)):
+        for is_background, most in self._most:
             waiting = [job for job in self._waiting if job.request.background == is_background]
             live = [job for job in self._live if job.request.background == is_background]
             assert len(waiting) <= MAX_QUEUED, "the queue is bounded"

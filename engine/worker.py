@@ -8,7 +8,11 @@ A round gives a turn to every job that has its logits, and to one of those that 
 piece of a prompt is encoded in it), and then runs the passes that are wanted as one. Everything
 that ends a job early takes effect between two turns. A background job has its turns while no other
 job is open. The model is loaded on a thread of its own: whoever waits for it can still be
-cancelled, and its deadline strikes.
+cancelled.
+
+A deadline is the work's own matter once there is a canvas: it ends with what it has. Before that,
+in the queue and while a prompt is encoded, a clock on a third thread answers in time, whatever
+turn of whichever job is running.
 """
 
 import logging
@@ -45,10 +49,12 @@ from infilld.engine.passes import Work
 from infilld.engine.prefetch import Answers
 from infilld.engine.request import InfillRequest, InfillResult, Reason
 from infilld.engine.scheduler import (
+    MAX_LIVE,
     MAX_QUEUED,
     Job,
     OnCanvas,
     Schedule,
+    Struck,
     Superseded,
     fitting,
 )
@@ -86,7 +92,7 @@ class _Run:
     Attributes:
         begun_at: `time.monotonic()` reading. served: number of its last turn or pass.
         wanted: passes whose logits it waits for; empty: it wants none.
-        logits: of those passes, once they were run.
+        logits: of those passes, once they were run. has_canvas: some were run.
     """
 
     job: Job
@@ -94,6 +100,7 @@ class _Run:
     begun_at: float
     served: int = 0
     has_begun: bool = False
+    has_canvas: bool = False
     wanted: Sequence[CanvasPass] = ()
     logits: Sequence[Tensor] | None = None
 
@@ -121,6 +128,7 @@ class Worker:
         device: "cpu", "cuda", "cuda:N", or "auto": CUDA where there is one.
         idle_unload_minutes: so long without a job, and the model is dropped; the next job loads
             it again, and waits. 0: never. "auto": 15 for 1 GiB or more on a GPU, else never.
+        max_live: jobs that share the device; 1 is for comparison.
     """
 
     def __init__(
@@ -129,6 +137,7 @@ class Worker:
         *,
         device: str = "auto",
         idle_unload_minutes: IdleUnload = "auto",
+        max_live: int = MAX_LIVE,
     ) -> None:
         self.folder = starter_folder() if folder is None else folder
         self.model_name = "starter" if folder is None else self.folder.name
@@ -137,7 +146,7 @@ class Worker:
         self._device_wish, self._idle_wish = device, idle_unload_minutes
         self._engine: Infiller | None = None
         self._about: dict[str, object] = {}
-        self._schedule, self._answers = Schedule(), Answers()
+        self._schedule, self._answers = Schedule(max_live), Answers()
         self._runs: list[_Run] = []
         self._turns = 0
         self._idle_s = self._idle_since = 0.0
@@ -146,16 +155,19 @@ class Worker:
         self._loaded = threading.Event()
         self._loader: threading.Thread | None = None
         self._thread = threading.Thread(target=self._work, name="infilld-worker", daemon=True)
+        self._clock = threading.Thread(target=self._keep_time, name="infilld-clock", daemon=True)
         self._reasons: Counter[str] = Counter()
         self._events: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
         self._job_ms: deque[float] = deque(maxlen=_TIMED_JOBS)
+        self._pass_ms: deque[float] = deque(maxlen=_TIMED_JOBS)
 
     def start(self) -> None:
         """Begin to load; returns at once."""
         with self._wake:
             self._load_soon()
         self._thread.start()
+        self._clock.start()
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the model is loaded.
@@ -189,7 +201,7 @@ class Worker:
             superseded = self._schedule.add(job)
             if not request.background:
                 self._answers.begin(job.id, request.document)
-            self._wake.notify()
+            self._wake.notify_all()
         for old in superseded:
             self._answer(old, _superseded(old))
         return job
@@ -227,7 +239,7 @@ class Worker:
             except Busy:
                 return
             self._totals["prefetches"] += 1
-            self._wake.notify()
+            self._wake.notify_all()
         for old in superseded:
             self._answer(old, _superseded(old))
 
@@ -247,6 +259,7 @@ class Worker:
         with self._wake:
             queued, running = len(self._schedule.waiting), len(self._schedule.live)
             times, totals = sorted(self._job_ms), Counter(self._totals)
+            pass_ms = statistics.median(self._pass_ms) if self._pass_ms else None
             reasons, events = dict(self._reasons), dict(self._events)
         centiles = statistics.quantiles(times, n=20) if len(times) > 1 else times * 19
         counted = (
@@ -268,6 +281,7 @@ class Worker:
             "feedback": events,
             **{name: totals[name] for name in counted},
             "jobs_per_round": totals["shared"] / rounds if rounds else None,
+            "pass_p50_ms": pass_ms,
             "p50_ms": centiles[9] if times else None,
             "p95_ms": centiles[18] if times else None,
         }
@@ -278,10 +292,10 @@ class Worker:
             self._closing = True
             open_jobs = [*self._schedule.waiting, *self._schedule.live]
             loader = self._loader
-            self._wake.notify()
+            self._wake.notify_all()
         for job in open_jobs:
             job.cancel()
-        for thread in (self._thread, loader):
+        for thread in (self._thread, self._clock, loader):
             if thread is not None and thread.is_alive():
                 thread.join()
 
@@ -325,7 +339,7 @@ class Worker:
                 jobs = self._schedule.clear()
             else:
                 self.failure, self.state = error, "failed"
-            self._wake.notify()
+            self._wake.notify_all()
         for job in jobs:
             self._answer(job, error or ModelError("not loaded"))
         self._loaded.set()
@@ -352,8 +366,7 @@ class Worker:
             self.failure, self.state = error, "failed"
             open_jobs = self._schedule.clear()
         for job in open_jobs:
-            if not job.future.done():
-                self._answer(job, error)
+            self._answer(job, error)
 
     def _wait(self) -> bool:
         """Wait for work; False: there will be none."""
@@ -371,32 +384,24 @@ class Worker:
                         return True
                 elif self._schedule.waiting:
                     self._load_soon()
-                now = time.monotonic()
-                moments = [self._schedule.next_deadline_at]
+                wait_s = None
                 if self._engine is not None and self._idle_s and not self._runs:
-                    unload_at = self._idle_since + self._idle_s
-                    if now >= unload_at:
+                    wait_s = self._idle_since + self._idle_s - time.monotonic()
+                    if wait_s <= 0:
                         self._unload()
                         continue
-                    moments.append(unload_at)
-                until = min((moment for moment in moments if moment is not None), default=None)
-                self._wake.wait(None if until is None else max(0.0, until - now))
+                self._wake.wait(wait_s)
 
     def _begun(self, engine: Infiller, job: Job) -> _Run:
         hooks = Hooks(on_canvas=job.on_canvas, check=job.check, deadline_at=job.deadline_at)
         return _Run(job, engine.work(job.request, hooks), time.monotonic(), served=self._turns)
 
     def _sweep(self) -> None:
-        """End what is not wanted any more, and what waited past its deadline."""
-        with self._wake:
-            late = self._schedule.expired(time.monotonic())
-        for job in late:
-            why = "The deadline struck while the request waited."
-            self._answer(job, _nothing(job, "deadline", why))
+        """End what is not wanted any more."""
         for run in tuple(self._runs):
             try:
                 run.job.check()
-            except (Cancelled, Superseded) as unwanted:
+            except (Cancelled, Superseded, Struck) as unwanted:
                 self._end(run, unwanted)
 
     def _round(self) -> None:
@@ -415,20 +420,12 @@ class Worker:
             return self._schedule.turn()
 
     def _next_turns(self) -> list[_Run]:
-        """Who goes on: all that have their logits, those that are nearly late, and one other."""
+        """Who goes on: all that have their logits, the most urgent first, and one other."""
         jobs = self._on_turn()
         runs = [run for run in self._runs if run.job in jobs]
         passed = [run for run in runs if run.logits is not None]
         others = sorted((run for run in runs if not run.wanted), key=_by_service)
-        # They end in this turn; an earlier end of theirs is worth more than the order.
-        late = [run for run in others[1:] if _by_deadline(run) <= time.monotonic() + self._turn_s]
-        return [*sorted(passed, key=_by_deadline), *late, *others[:1]]
-
-    @property
-    def _turn_s(self) -> float:
-        """How long it may take until the next turn of a job."""
-        pace = self._engine.pace if self._engine is not None else None
-        return 0.0 if pace is None else pace.piece_s + pace.pass_s
+        return [*sorted(passed, key=_by_deadline), *others[:1]]
 
     def _step(self, run: _Run) -> None:
         """One turn; whatever goes wrong is the job's answer, never the thread's end."""
@@ -450,10 +447,13 @@ class Worker:
         model = self._engine.model
         for run in runs:
             run.served = self._turns = self._turns + 1
+        began = time.monotonic()
         try:
             all_logits = iter(model.denoise_together([p for run in runs for p in run.wanted]))
             for run in runs:
                 run.logits = [next(all_logits) for _ in run.wanted]
+                run.has_canvas = True
+            self._pass_ms.append(1e3 * (time.monotonic() - began))
             return
         except Exception as error:
             if len(runs) > 1:
@@ -462,6 +462,7 @@ class Worker:
         for run in runs:
             try:
                 run.logits = model.denoise_together(run.wanted)
+                run.has_canvas = True
             except Exception as error:
                 self._end(run, error)
 
@@ -474,10 +475,47 @@ class Worker:
             self._idle_since = time.monotonic()
         self._answer(run.job, _settled(run, outcome))
 
+    # The clock.
+
+    def _keep_time(self) -> None:
+        """Answer jobs whose deadline strikes while they have nothing to show."""
+        while True:
+            with self._wake:
+                if self.failure is not None or self._closing:
+                    return
+                now = time.monotonic()
+                late = self._schedule.expired(now)
+                begun = {
+                    run.job: run.job.deadline_at + self._grace_s
+                    for run in self._runs
+                    if run.job.deadline_at is not None
+                    and not (run.has_canvas or run.job.is_answered)
+                }
+                for job in [job for job, at in begun.items() if at <= now]:
+                    del begun[job]
+                    job.strike()
+                    late.append(job)
+                waiting = [job.deadline_at for job in self._schedule.waiting]
+                moments = [at for at in (*waiting, *begun.values()) if at is not None]
+                if not late:
+                    self._wake.wait(min(moments) - now if moments else None)
+            for job in late:
+                why = "The deadline struck before the first pass."
+                self._answer(job, _nothing(job, "deadline", why))
+
+    @property
+    def _grace_s(self) -> float:
+        """How late an answer may be that is about to come: half a pass."""
+        return 0.0 if self._engine is None else self._engine.pace.pass_s / 2
+
     # The answers.
 
     def _answer(self, job: Job, outcome: InfillResult | BaseException) -> None:
-        """Resolve a job that nobody else resolves: it was taken from the schedule."""
+        """Resolve a job, unless it was answered already."""
+        with self._wake:
+            if job.is_answered:
+                return
+            job.is_answered = True
         if isinstance(outcome, InfillResult):
             with self._wake:
                 if not job.request.background and outcome.reason != "superseded":
@@ -523,6 +561,8 @@ def _settled(run: _Run, outcome: InfillResult | BaseException) -> InfillResult |
         return replace(outcome, id=job.id, timings=timings)
     if isinstance(outcome, Superseded):
         return _superseded(job)
+    if isinstance(outcome, Struck):
+        return outcome
     if isinstance(outcome, torch.OutOfMemoryError):
         return NotEnoughMemory(str(outcome))
     if not isinstance(outcome, InfilldError):
