@@ -108,7 +108,7 @@ class Filling:
         plan: its layout. prefix: the encoded prompt. seed: of every draw.
         boldness: of the request. language: of the document. watch: see there.
         passes, canvas_tokens: spent so far.
-        is_finished: every row converged, or there was nothing to refine.
+        is_finished: no deadline cut the refining short.
     """
 
     model: DiffusionGemma
@@ -135,6 +135,7 @@ class Filling:
         newlines = [gap.newline for gap in self.plan.gaps]
         self._reader = DraftReader(self.tokenizer, self._filler, newlines)
         self._causal: list[Candidate] = []
+        self._only_repeats = False
 
     def work(self) -> Work[list[GapResult]]:
         """Denoise, and judge what came out; one result for each target."""
@@ -278,7 +279,7 @@ class Filling:
         # Canvases side by side share their passes.
         self.passes = max(self.passes, before + denoised.passes - (first is not None))
         self.canvas_tokens += layout.tokens * rows
-        self.is_finished = self.is_finished and bool(denoised.converged.all())
+        self.is_finished = self.is_finished and not self.watch.is_late()
         return denoised
 
     def _never_written(self) -> Sequence[int]:
@@ -395,6 +396,8 @@ class Filling:
         written = Counter(trimmed(row.texts[number]) for row in rows)
         known = (*self._causal, *gap.found)
         texts = [*written, *(trimmed(each.text) for each in known)]
+        raw = [*(row.texts[number] for row in rows), *(each.text for each in known)]
+        self._only_repeats = any(raw) and not any(texts)
         if self.method.trims and not gap.target.selection and gap.kind != "in_line":
             texts += [shorter for text in tuple(texts) for shorter in _shorter(text)]
         evidence: dict[str, float] = {}
@@ -436,6 +439,9 @@ class Filling:
             return GapResult(choices=(), reason=reason, why=why, texts=texts)
 
         if not any(texts):
+            if self._only_repeats:
+                why = "All that was written stands behind the cursor already."
+                return nothing("repeats_suffix", why)
             if self.watch.is_late():
                 return nothing("deadline", "The deadline struck before any text was certain.")
             return nothing("empty", "The model wrote no text for this span.")

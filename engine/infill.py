@@ -16,7 +16,7 @@ from infilld.engine.config import SamplerConfig
 from infilld.engine.errors import UnknownOption
 from infilld.engine.filling import Choice, Filling, GapResult, Watch
 from infilld.engine.follow import Followed, Memory, State
-from infilld.engine.languages import language_of
+from infilld.engine.languages import STARTER_LANGUAGE, language_of
 from infilld.engine.layout import layout_of
 from infilld.engine.lines import line_end, unix
 from infilld.engine.model import DiffusionGemma
@@ -191,7 +191,8 @@ class Infiller:
         """
         started = time.monotonic()
         seed = secrets.randbits(63) if request.seed is None else request.seed
-        job = _Job(request=request, hooks=hooks or Hooks(), seed=seed, language=_language(request))
+        language = language_of(request.path, request.language, unnamed=STARTER_LANGUAGE)
+        job = _Job(request=request, hooks=hooks or Hooks(), seed=seed, language=language)
         result = InfillResult(id=secrets.token_hex(8), seed=seed)
         if "\0" in request.text:
             why = "The text looks binary: it holds NUL characters."
@@ -378,7 +379,7 @@ class Infiller:
             after=passage.after,
             texts=texts,
             shown=shown,
-            is_settled=run.is_finished and shown is not None,
+            is_settled=run.is_finished,
         )
         self._memory.keep(document, state)
 
@@ -407,13 +408,6 @@ class Infiller:
                 self._prefixes.give_back(prefix)
             found += doubted(target, request.text, logs, self.tokenizer)
         return found
-
-
-def _language(request: InfillRequest) -> str | None:
-    """The language of a document, as far as it is known; one without a name counts as Python."""
-    if request.path is None and request.language is None:
-        return "python"
-    return language_of(request.path, request.language)
 
 
 def _can_follow(request: InfillRequest, passage: Passage) -> bool:

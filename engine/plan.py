@@ -34,8 +34,8 @@ _JUDGED_TOKENS = 8
 _MOST_BETWEEN_TOKENS = 64
 # Positions that stand for text that was contradicted.
 _CONTRADICTED_TOKENS = 2
-# What is known of a gap costs so many steps to look at again.
-_FOLLOWING_STEPS = 3
+# Steps to look again at what is known of a gap, and at what was contradicted.
+_AGREEING_STEPS, _CONTRADICTED_STEPS = 2, 3
 # Steps for a gap of so many tokens, at most.
 _SMALL_GAP_TOKENS, _SMALL_GAP_STEPS, _MOST_STEPS, _FEWEST_STEPS = 48, 12, 24, 6
 # Exact lengths that are tried where a model has no filler token.
@@ -245,12 +245,13 @@ class Planner:
             layouts.append(gap)
             stem = ""
         layout = CanvasLayout(tuple(layouts), (*given, pinned))
-        agrees = followed is not None and bool(followed.texts)
         drafted = any(gap.drafts for gap in gaps)
         is_alone = len(gaps) == 1
         noise_rows = request.alternatives
-        if request.alternatives == 1 and (agrees or (followed is not None and drafted)):
+        if request.alternatives == 1 and followed is not None and drafted:
+            # What is known, or found, takes the place of noise.
             noise_rows = 0
+        shown = followed.shown if followed is not None and noise_rows == 0 else None
         return CanvasPlan(
             passage=passage,
             prompt=prompt,
@@ -261,9 +262,10 @@ class Planner:
             alternatives=request.alternatives,
             causal_tokens=self._causal_tokens(gaps[0], layouts[0]) if is_alone else 0,
             lengths=self._lengths(gaps[0], layouts[0]) if is_alone and is_pinned else (),
-            most_steps=_FOLLOWING_STEPS if agrees else _MOST_STEPS,
-            is_settled=agrees and followed is not None and followed.is_settled and noise_rows == 0,
-            shown=None if followed is None else followed.shown,
+            most_steps=_most_steps(followed),
+            # A text that was shown and goes on to agree needs no second look.
+            is_settled=shown is not None and followed is not None and followed.is_settled,
+            shown=shown,
         )
 
     def prompt(self, request: InfillRequest, passage: Passage) -> InfillPrompt:
@@ -426,6 +428,12 @@ class Planner:
         """
         least = -(-len(text.encode()) // self._tokenizer.longest_bytes)
         return least if least > most else len(self._tokenizer.encode(text))
+
+
+def _most_steps(followed: Followed | None) -> int:
+    if followed is None:
+        return _MOST_STEPS
+    return _AGREEING_STEPS if followed.texts else _CONTRADICTED_STEPS
 
 
 def steps_for(layout: CanvasLayout, most: int) -> int:
