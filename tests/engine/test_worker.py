@@ -1,10 +1,15 @@
 """Jobs: one live a document, cancelled within one pass, nothing left hanging."""
 
+import gc
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from tiny_infill import tiny_config, tiny_infiller, tiny_model
 
 from infilld.engine import worker as worker_module
@@ -15,9 +20,14 @@ from infilld.engine.errors import (
     CheckpointMissing,
     Loading,
     ModelError,
+    NotEnoughMemory,
+    UnknownId,
+    UnknownOption,
     UnsupportedDevice,
 )
-from infilld.engine.request import CanvasUpdate, InfillRequest, Span
+from infilld.engine.infill import Infiller
+from infilld.engine.model import CanvasPass
+from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult, Span
 from infilld.engine.training.export import export_model
 from infilld.engine.training.vocabulary import save_vocabulary, train_vocabulary
 from infilld.engine.worker import MAX_QUEUED, Worker, load_infiller, pick_device
@@ -239,3 +249,441 @@ def test_devices_are_checked() -> None:
     for wish in ("toaster", "cuda:99", "meta"):
         with pytest.raises(UnsupportedDevice):
             pick_device(wish)
+
+
+# Several jobs at once.
+
+
+def engine_of(worker: Worker) -> Infiller:
+    engine = worker._engine
+    assert engine is not None
+    return engine
+
+
+class Passes:
+    """Every shared pass as the cache lengths of its canvases; may be told to fail."""
+
+    def __init__(self, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[list[int]] = []
+        self.fails: Callable[[list[int]], bool] = lambda tokens: False
+        self._real = engine_of(worker).model.denoise_together
+        monkeypatch.setattr(engine_of(worker).model, "denoise_together", self)
+
+    def __call__(self, passes: Sequence[CanvasPass]) -> list[torch.Tensor]:
+        tokens = [each.cache.tokens for each in passes]
+        self.done.append(tokens)
+        if self.fails(tokens):
+            raise torch.OutOfMemoryError("full")
+        return self._real(passes)
+
+
+def other_texts(count: int) -> list[str]:
+    """Documents whose prompts have different lengths."""
+    return [f"{'b' * (number + 1)} = \n" for number in range(count)]
+
+
+def gap_behind(text: str, document: str | None = None, **more: object) -> InfillRequest:
+    at = text.index("=") + 2
+    return request(document, text=text, spans=(Span(at, at),), **more)
+
+
+def texts_of(result: InfillResult) -> list[str]:
+    return [each.spans[0].text for each in result.alternatives]
+
+
+def held(worker: Worker, *requests: InfillRequest) -> list[InfillResult]:
+    """Answers of requests that are all there before the first of them begins."""
+    gate = Gate()
+    first = worker.submit(gap_behind("held = \n"), gate)
+    assert gate.reached.wait(WAIT_S)
+    jobs = [worker.submit(each) for each in requests]
+    first.cancel()
+    gate.open.set()
+    return [job.future.result(WAIT_S) for job in jobs]
+
+
+def test_live_jobs_share_their_passes_and_get_what_they_would_alone(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [gap_behind(text) for text in other_texts(3)]
+    alone = [texts_of(tiny_infiller().infill(each)) for each in requests]
+    passes = Passes(worker, monkeypatch)
+    assert [texts_of(each) for each in held(worker, *requests)] == alone
+    assert max(map(len, passes.done)) == 3
+    stats = worker.stats()
+    rounds, mean = stats["rounds"], stats["jobs_per_round"]
+    assert isinstance(rounds, int)
+    assert rounds == len(passes.done)
+    assert isinstance(mean, float)
+    assert mean > 1
+
+
+def test_what_does_not_fit_waits_a_round(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_module, "MAX_ROUND_TOKENS", 1)
+    requests = [gap_behind(text) for text in other_texts(3)]
+    passes = Passes(worker, monkeypatch)
+    assert all(each.reason in ("ok", "empty") for each in held(worker, *requests))
+    assert max(map(len, passes.done)) == 1
+    # In turn, as soon as all are there.
+    order = [tokens[0] for tokens in passes.done]
+    there = max(order.index(tokens) for tokens in set(order))
+    assert len(set(order[there : there + 3])) == 3
+
+
+def test_a_long_prompt_holds_up_nobody(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its pieces are encoded, the passes of others go on."""
+    engine, events = engine_of(worker), list[str]()
+    encode, together = engine.model.encode, engine.model.denoise_together
+
+    def encoding(tokens: torch.Tensor, *more: Any) -> torch.Tensor:
+        events.append(f"encode {len(tokens)}")
+        return encode(tokens, *more)
+
+    def denoising(passes: Sequence[CanvasPass]) -> list[torch.Tensor]:
+        events.append("pass")
+        return together(passes)
+
+    gate = Gate()
+    first = worker.submit(gap_behind("a = \n"), gate)
+    assert gate.reached.wait(WAIT_S)
+    monkeypatch.setattr(engine.model, "encode", encoding)
+    monkeypatch.setattr(engine.model, "denoise_together", denoising)
+    long = worker.submit(gap_behind(f"{'# long' * 40}\nb = \n"))
+    gate.open.set()
+    for job in (first, long):
+        job.future.result(WAIT_S)
+    pieces = [at for at, event in enumerate(events) if event.startswith("encode")]
+    assert len(pieces) >= 2
+    between = events[pieces[0] : pieces[1]]
+    assert "pass" in between
+
+
+def test_the_background_stops_between_passes_for_others(worker: Worker) -> None:
+    gate, order = Gate(), list[str]()
+    behind = worker.submit(request(background=True), gate)
+    assert gate.reached.wait(WAIT_S)
+    real = worker.submit(gap_behind("b = \n"), lambda update: order.append(f"b {gate.passes}"))
+    real.future.add_done_callback(lambda _: order.append("answered"))
+    behind.future.add_done_callback(lambda _: order.append("background"))
+    gate.open.set()
+    assert behind.future.result(WAIT_S).reason in ("ok", "empty")
+    assert order[-2:] == ["answered", "background"]
+    assert set(order[:-2]) == {"b 1"}
+    assert worker.stats()["background_jobs"] == 1
+
+
+def test_a_real_request_drops_the_background_one_of_its_document(worker: Worker) -> None:
+    gate = Gate()
+    behind = worker.submit(request("a", background=True), gate)
+    assert gate.reached.wait(WAIT_S)
+    real = worker.submit(request("a"))
+    gate.open.set()
+    assert behind.future.result(WAIT_S).reason == "superseded"
+    assert real.future.result(WAIT_S).reason in ("ok", "empty")
+    assert gate.passes == 1
+
+
+def test_a_request_is_never_superseded_by_a_background_one(worker: Worker) -> None:
+    gate = Gate()
+    real = worker.submit(request("a"), gate)
+    assert gate.reached.wait(WAIT_S)
+    behind = worker.submit(request("a", background=True))
+    gate.open.set()
+    assert real.future.result(WAIT_S).reason in ("ok", "empty")
+    assert behind.future.result(WAIT_S).reason in ("ok", "empty")
+
+
+def test_a_broken_job_does_not_harm_those_beside_it(worker: Worker) -> None:
+    requests = [gap_behind(text) for text in other_texts(2)]
+    alone = [texts_of(tiny_infiller().infill(each)) for each in requests]
+
+    def broken(update: CanvasUpdate) -> None:
+        raise ZeroDivisionError
+
+    gate = Gate()
+    first = worker.submit(gap_behind("held = \n"), gate)
+    assert gate.reached.wait(WAIT_S)
+    bad = worker.submit(gap_behind("bad = \n"), broken)
+    jobs = [worker.submit(each) for each in requests]
+    first.cancel()
+    gate.open.set()
+    assert [texts_of(job.future.result(WAIT_S)) for job in jobs] == alone
+    with pytest.raises(ZeroDivisionError):
+        bad.future.result(WAIT_S)
+
+
+def test_a_shared_pass_that_fails_is_run_again_for_each_alone(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [gap_behind(text) for text in other_texts(3)]
+    alone = [texts_of(tiny_infiller().infill(each)) for each in requests]
+    passes = Passes(worker, monkeypatch)
+    passes.fails = lambda tokens: len(tokens) > 1
+    assert [texts_of(each) for each in held(worker, *requests)] == alone
+    assert any(len(tokens) > 1 for tokens in passes.done)
+
+
+def test_of_a_failing_pass_only_the_job_that_fails_alone_too_fails(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [gap_behind(text) for text in other_texts(3)]
+    results = [tiny_infiller().infill(each) for each in requests]
+    passes, gate = Passes(worker, monkeypatch), Gate()
+    first = worker.submit(gap_behind("held = \n"), gate)
+    assert gate.reached.wait(WAIT_S)
+    jobs = [worker.submit(each) for each in requests]
+    passes.fails = lambda tokens: results[2].usage.prompt_tokens in tokens
+    first.cancel()
+    gate.open.set()
+    assert [texts_of(job.future.result(WAIT_S)) for job in jobs[:2]] == [
+        texts_of(each) for each in results[:2]
+    ]
+    with pytest.raises(NotEnoughMemory):
+        jobs[2].future.result(WAIT_S)
+    assert worker.stats()["running"] == 0
+
+
+# Deadlines strike whatever runs.
+
+
+def test_a_deadline_strikes_in_the_queue_while_a_turn_takes_long(worker: Worker) -> None:
+    gate = Gate()
+    worker.submit(request(), gate)
+    assert gate.reached.wait(WAIT_S)
+    job = worker.submit(request(deadline_ms=20))
+    assert job.future.result(WAIT_S).reason == "deadline"
+    assert not gate.open.is_set()
+    gate.open.set()
+
+
+def test_a_deadline_strikes_while_a_piece_is_encoded(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, gate = engine_of(worker), threading.Event()
+    encode, begun = engine.model.encode, threading.Event()
+
+    def slow(*all_given: Any) -> torch.Tensor:
+        begun.set()
+        assert gate.wait(WAIT_S)
+        return encode(*all_given)
+
+    monkeypatch.setattr(engine.model, "encode", slow)
+    job = worker.submit(request(deadline_ms=30))
+    assert begun.wait(WAIT_S)
+    result = job.future.result(WAIT_S)
+    assert (result.reason, result.id, gate.is_set()) == ("deadline", job.id, False)
+    gate.set()
+    assert worker.submit(request()).future.result(WAIT_S).reason in ("ok", "empty")
+    # Counted once.
+    stats = worker.stats()
+    reasons = stats["reasons"]
+    assert isinstance(reasons, dict)
+    assert (reasons["deadline"], stats["jobs"]) == (1, 2)
+
+
+def test_a_job_with_a_canvas_ends_with_what_it_has(worker: Worker) -> None:
+    gate = Gate()
+    job = worker.submit(request(deadline_ms=400), gate)
+    assert gate.reached.wait(WAIT_S)
+    # Its deadline is later than that of the first, so the clock has seen both.
+    other = worker.submit(request(deadline_ms=500))
+    assert other.future.result(WAIT_S).reason == "deadline"
+    assert not job.future.done()
+    gate.open.set()
+    assert job.future.result(WAIT_S).usage.passes == 1
+
+
+# After a suggestion was inserted.
+
+
+def test_what_is_asked_next_is_prepared_for(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, engine = list[InfillRequest](), engine_of(worker)
+    work, prepared = engine.work, threading.Event()
+
+    def noted(request: InfillRequest, hooks: Any) -> Any:
+        asked.append(request)
+        result = yield from work(request, hooks)
+        if request.background:
+            prepared.set()
+        return result
+
+    monkeypatch.setattr(engine, "work", noted)
+    job = worker.submit(request("d", path="a.py"))
+    (text, *_) = texts_of(job.future.result(WAIT_S))
+    worker.feedback(job.id, "shown")
+    worker.feedback(job.id, "partly", chars=1)
+    assert len(asked) == 1
+    worker.feedback(job.id, "inserted")
+    assert prepared.wait(WAIT_S)
+    behind = asked[1]
+    assert (behind.text, behind.path, behind.document) == (f"a = {text}\n", "a.py", "d")
+    assert behind.spans == (Span(4 + len(text), 4 + len(text)),)
+    following = worker.submit(request("d", text=behind.text, spans=behind.spans, path="a.py"))
+    usage = following.future.result(WAIT_S).usage
+    assert usage.cached_tokens >= usage.prompt_tokens - 1
+    stats = worker.stats()
+    assert stats["feedback"] == {"shown": 1, "partly": 1, "inserted": 1}
+    assert (stats["prefetches"], stats["background_jobs"]) == (1, 1)
+
+
+def test_what_was_answered_is_answered_again_at_once(worker: Worker) -> None:
+    first = worker.submit(request("d")).future.result(WAIT_S)
+    again = worker.submit(request("d")).future.result(WAIT_S)
+    assert (first.usage.passes > 0, again.usage.passes) == (True, 0)
+    assert texts_of(again)[0] == texts_of(first)[0]
+    assert worker.stats()["answered_at_once"] == 1
+
+
+def test_nothing_is_prepared_for_a_document_with_a_newer_job(worker: Worker) -> None:
+    job = worker.submit(request("d"))
+    job.future.result(WAIT_S)
+    gate = Gate()
+    newer = worker.submit(gap_behind("b = \n", document="d"), gate)
+    assert gate.reached.wait(WAIT_S)
+    worker.feedback(job.id, "inserted")
+    gate.open.set()
+    assert newer.future.result(WAIT_S).reason in ("ok", "empty")
+    assert worker.stats()["prefetches"] == 0
+
+
+def test_feedback_for_nothing_is_refused_and_not_counted(worker: Worker) -> None:
+    job = worker.submit(request("d"))
+    choices = len(job.future.result(WAIT_S).alternatives)
+    with pytest.raises(UnknownId):
+        worker.feedback("nobody", "inserted")
+    with pytest.raises(UnknownOption):
+        worker.feedback(job.id, "inserted", choice=max(1, choices))
+    assert worker.stats()["feedback"] == {}
+    # What is only told to be inserted, and is not known, is nothing.
+    worker.accepted("nobody", 0, None)
+
+
+# The model comes and goes.
+
+
+class Loads:
+    """Loads tiny models, when it is let to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.open, self.freed = (threading.Event() for _ in range(3))
+        self.open.set()
+        self.failure: Exception | None = None
+        self.count = 0
+        monkeypatch.setattr(worker_module, "load_infiller", self)
+        monkeypatch.setattr(worker_module, "free_memory", self.free)
+
+    def __call__(self, folder: Path, device: str) -> Infiller:
+        self.begun.set()
+        assert self.open.wait(WAIT_S)
+        if self.failure is not None:
+            raise self.failure
+        self.count += 1
+        return tiny_infiller()
+
+    def free(self) -> None:
+        gc.collect()
+        self.freed.set()
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
+    return Loads(monkeypatch)
+
+
+@pytest.fixture
+def idler(loads: Loads) -> Iterator[Worker]:
+    """A worker whose model was unloaded; the next load is begun only when it is let to."""
+    made = Worker(Path("tiny"), idle_unload_minutes=0.05 / 60)
+    made.start()
+    made.wait_ready(WAIT_S)
+    assert loads.freed.wait(WAIT_S)
+    loads.begun.clear()
+    loads.freed.clear()
+    loads.open.clear()
+    yield made
+    loads.open.set()
+    made.close()
+
+
+def test_an_idle_model_is_dropped_and_loaded_again(loads: Loads) -> None:
+    worker = Worker(Path("tiny"), idle_unload_minutes=0.05 / 60)
+    worker.start()
+    worker.wait_ready(WAIT_S)
+    job = worker.submit(request())
+    first = job.future.result(WAIT_S)
+    engine = worker._engine
+    model = None if engine is None else weakref.ref(engine.model)
+    del engine
+    assert loads.freed.wait(WAIT_S)
+    assert model is None or model() is None
+    told = worker.describe()
+    assert (worker.state, told["state"], told["memory_bytes"]) == ("unloaded", "unloaded", 0)
+    assert told["canvas_tokens"] == 128
+    again = worker.submit(request()).future.result(WAIT_S)
+    assert texts_of(again) == texts_of(first)
+    assert worker.stats()["loads"] == loads.count == 2
+    assert again.timings.queue_ms > 0
+    worker.close()
+
+
+def test_a_job_waits_for_the_model_to_be_loaded_again(idler: Worker, loads: Loads) -> None:
+    job = idler.submit(request())
+    assert loads.begun.wait(WAIT_S)
+    assert (idler.state, job.future.done()) == ("unloaded", False)
+    loads.open.set()
+    assert job.future.result(WAIT_S).reason in ("ok", "empty")
+
+
+def test_a_deadline_strikes_while_the_model_is_loaded_again(idler: Worker, loads: Loads) -> None:
+    job = idler.submit(request(deadline_ms=20))
+    assert job.future.result(WAIT_S).reason == "deadline"
+    assert not loads.open.is_set()
+
+
+def test_a_job_is_cancelled_while_the_model_is_loaded_again(idler: Worker, loads: Loads) -> None:
+    job = idler.submit(request())
+    assert loads.begun.wait(WAIT_S)
+    job.cancel()
+    with pytest.raises(Cancelled):
+        job.future.result(0)
+
+
+def test_closing_while_the_model_is_loaded_again_answers_at_once(
+    idler: Worker, loads: Loads
+) -> None:
+    job = idler.submit(request())
+    assert loads.begun.wait(WAIT_S)
+    closing = threading.Thread(target=idler.close)
+    closing.start()
+    with pytest.raises(Cancelled):
+        job.future.result(WAIT_S)
+    loads.open.set()
+    closing.join(WAIT_S)
+    assert not closing.is_alive()
+
+
+def test_a_model_that_cannot_be_loaded_again_is_tried_at_the_next_request(
+    idler: Worker, loads: Loads
+) -> None:
+    loads.failure = NotEnoughMemory("somebody else has it")
+    loads.open.set()
+    with pytest.raises(NotEnoughMemory):
+        idler.submit(request()).future.result(WAIT_S)
+    loads.failure = None
+    assert idler.submit(request()).future.result(WAIT_S).reason in ("ok", "empty")
+
+
+def test_only_large_models_of_a_gpu_are_dropped_unless_told() -> None:
+    def after_s(device: str, gib: float, wish: Any) -> float:
+        weights = [SimpleNamespace(nbytes=int(gib * 2**30))]
+        model = SimpleNamespace(
+            device=torch.device(device), parameters=lambda: weights, buffers=list
+        )
+        return worker_module._idle_s(SimpleNamespace(model=model), wish)  # type: ignore[arg-type]
+
+    assert after_s("cpu", 40, "auto") == after_s("cuda", 0.9, "auto") == 0
+    assert after_s("cuda", 1, "auto") == 15 * 60
+    assert after_s("cpu", 0.1, 2.0) == 120
+    assert after_s("cuda", 40, 0.0) == 0
