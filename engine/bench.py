@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from infilld.engine.infill import Infiller
+from infilld.engine.load import format_load, run_load
 from infilld.engine.request import InfillRequest, Span
 from infilld.engine.worker import load_infiller
 
@@ -30,12 +31,16 @@ def total_{n}(items, rate):
 '''
 
 
-def run_bench(folder: Path, device: str = "auto", *, repeats: int = 15) -> dict[str, Any]:
+def run_bench(
+    folder: Path, device: str = "auto", *, repeats: int = 15, load_s: float = 0.0
+) -> dict[str, Any]:
     """Measure a checkpoint on a device.
 
     Args:
         folder: checkpoint. device: as for the daemon.
         repeats: runs of each measurement, after two that do not count.
+        load_s: seconds for which several clients ask at once, in each measurement of `load`; 0:
+            that is not measured.
 
     Returns:
         A report for `format_bench`, or to be written as JSON: times in milliseconds as p10, p50
@@ -52,6 +57,7 @@ def run_bench(folder: Path, device: str = "auto", *, repeats: int = 15) -> dict[
         "encode": [_encode(engine, n, repeats) for n in _prompt_sizes(engine)],
         "pass": [_pass(engine, n, repeats) for n in _canvas_sizes(engine)],
         "infill": _infill(engine, repeats),
+        "load": run_load(folder, device, seconds=load_s) if load_s else None,
         "load_average_after": os.getloadavg()[0],
     }
 
@@ -72,6 +78,8 @@ def format_bench(report: dict[str, Any]) -> str:
     for name, row in report["infill"].items():
         lines.append(_line(f"infill, {name} prefix", row["ms"]))
         lines.append(f"{'  passes, mean':<28}{row['passes']:>18.1f}")
+    if report["load"] is not None:
+        lines += ["", format_load(report["load"])]
     return "\n".join(lines)
 
 

@@ -34,11 +34,30 @@ def {name}_{n}(items, rate):
 _NAMES = ("price", "weight", "height", "count", "speed", "distance", "volume", "age")
 
 
+class _Answered:
+    """When a future was resolved, as seen on the thread that did."""
+
+    def __init__(self) -> None:
+        self._at = 0.0
+        self._is_noted = threading.Event()
+
+    def note(self, _: "Future[InfillResult]") -> None:
+        """Called back by the future."""
+        self._at = time.monotonic()
+        self._is_noted.set()
+
+    def at(self) -> float:
+        """`time.monotonic()` reading; waits for it."""
+        self._is_noted.wait(_ANSWER_S)
+        return self._at
+
+
 @dataclass
 class _Client:
-    """One editor: its document, and what came of its requests."""
+    """One editor: its document, which no measurement had before, and what came of its requests."""
 
     number: int
+    measurement: str
     with_deadlines: bool
     late_ms: list[float] = field(default_factory=list)
     total_ms: list[float] = field(default_factory=list)
@@ -48,27 +67,22 @@ class _Client:
         """Write the document."""
         name = _NAMES[self.number % len(_NAMES)]
         self._text = "".join(_FUNCTION.format(name=name, n=n) for n in range(12))
-        self._draws = random.Random(self.number)
+        self._draws = random.Random(f"{self.measurement} {self.number}")
         self._at: int | None = None
 
     def run(self, worker: Worker, until: float) -> None:
-        """Ask until then."""
-        while time.monotonic() < until:
+        """Ask once, and until then."""
+        while not self.total_ms or time.monotonic() < until:
             request = self._next()
-            done_at: list[float] = []
-
-            def note(_: "Future[InfillResult]", done_at: list[float] = done_at) -> None:
-                done_at.append(time.monotonic())
-
+            answered = _Answered()
             job = worker.submit(request)
-            job.future.add_done_callback(note)
+            job.future.add_done_callback(answered.note)
             result = job.future.result(_ANSWER_S)
-            while not done_at:
-                time.sleep(0)
+            at = answered.at()
             self.reasons[result.reason] += 1
-            self.total_ms.append(1e3 * (done_at[0] - job.arrived_at))
+            self.total_ms.append(1e3 * (at - job.arrived_at))
             if job.deadline_at is not None:
-                self.late_ms.append(1e3 * (done_at[0] - job.deadline_at))
+                self.late_ms.append(1e3 * (at - job.deadline_at))
 
     def _next(self) -> InfillRequest:
         place = self._text.index("\n", self._draws.randrange(len(self._text) - 1))
@@ -81,7 +95,7 @@ class _Client:
         return InfillRequest(
             text=self._text,
             spans=(Span(self._at, self._at),),
-            document=f"document {self.number}",
+            document=f"{self.measurement} {self.number}",
             path="bench.py",
             deadline_ms=self._draws.uniform(*DEADLINES_MS) if self.with_deadlines else None,
             seed=0,
@@ -117,8 +131,30 @@ def run_load(folder: Path | None, device: str = "auto", *, seconds: float = 5.0)
     return {"throughput": throughput, "deadlines": deadlines}
 
 
+def format_load(report: dict[str, Any]) -> str:
+    """The report of `run_load` as two tables for the terminal."""
+    lines = ["clients at once   side by side   answers/s   p50 ms   passes shared by"]
+    for row in report["throughput"]:
+        shared = row["passes_per_round"] or 0.0
+        lines.append(
+            f"{row['clients']:>15}{row['side_by_side']:>15}{row['answers_per_s']:>12.2f}"
+            f"{row['p50_ms']:>9.1f}{shared:>19.2f}"
+        )
+    lines += [
+        "",
+        "clients at once   answers   ms after the deadline: p50   p99   pass   within one",
+    ]
+    for row in report["deadlines"]:
+        lines.append(
+            f"{row['clients']:>15}{row['answers']:>10}{row['late_p50_ms']:>29.1f}"
+            f"{row['late_p99_ms']:>6.1f}{row['pass_p50_ms']:>7.1f}{row['within_a_pass']:>13.1%}"
+        )
+    return "\n".join(lines)
+
+
 def _run(worker: Worker, count: int, seconds: float, *, with_deadlines: bool) -> list[_Client]:
-    clients = [_Client(number, with_deadlines) for number in range(count)]
+    measurement = f"{count} {with_deadlines} {seconds}"
+    clients = [_Client(number, measurement, with_deadlines) for number in range(count)]
     until = time.monotonic() + seconds
     threads = [threading.Thread(target=each.run, args=(worker, until)) for each in clients]
     for thread in threads:

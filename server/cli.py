@@ -76,6 +76,13 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     bench.add_argument(
         "--repeats", type=whole(1, MANY), default=15, metavar="N", help="runs of each measurement"
     )
+    bench.add_argument(
+        "--load",
+        type=whole(0, MANY),
+        default=0,
+        metavar="SECONDS",
+        help="also let 1, 4 and 8 clients ask at once, so long for each figure",
+    )
     _add_json(bench)
     evaluate.add_flags(verb("eval", _eval, "measure how good the model is"))
     train.add_flags(verb("train", _train, "make a starter model from source code"))
@@ -205,7 +212,7 @@ def _bench(options: argparse.Namespace, wanted: Settings) -> int:
     from infilld.engine.worker import starter_folder
 
     folder = wanted.model_folder or starter_folder()
-    report = run_bench(folder, wanted.device, repeats=options.repeats)
+    report = run_bench(folder, wanted.device, repeats=options.repeats, load_s=options.load)
     sys.stdout.write(
         (json.dumps(report, indent=2) if options.json else format_bench(report)) + "\n"
     )

@@ -93,6 +93,16 @@ def test_the_background_waits_for_everybody_else() -> None:
     assert schedule.admit() == []
 
 
+def test_the_background_does_not_begin_beside_others() -> None:
+    schedule, behind, real = Schedule(), job(background=True), job()
+    schedule.add(behind)
+    schedule.add(real)
+    assert schedule.admit() == [real]
+    assert schedule.admit() == []
+    schedule.remove(real)
+    assert schedule.admit() == [behind]
+
+
 def test_a_full_queue_changes_nothing() -> None:
     schedule, waits = Schedule(max_live=1), job("a")
     live(schedule, waits)
