@@ -26,6 +26,7 @@ LOAD_WAIT_S = 900.0
 """How long a model may take to load; tens of gigabytes come from a disk."""
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 60.0
+_TELL_S = 5.0
 """A failed search is repeated after a pause that doubles between these two."""
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,20 @@ class DaemonLink:
         except (ServerProblem, TimeoutError):
             return None
         return str(models[0].get("id")) if models else None
+
+    async def inserted(self, reply_id: str, choice: int) -> None:
+        """Tell the daemon that a suggestion was inserted; where that fails, it is left."""
+        if self._client is None or self.state != "ready":
+            return
+        from infilld.server import wire
+        from infilld.server.client import ServerProblem
+
+        try:
+            async with asyncio.timeout(_TELL_S):
+                told = wire.Feedback(id=reply_id, choice=choice, event="inserted")
+                await self._client.feedback(told)
+        except (ServerProblem, TimeoutError, ValueError) as problem:
+            log.debug("feedback was lost: %s", problem)
 
     async def close(self) -> None:
         """Stop looking and close the connections. The daemon goes on."""

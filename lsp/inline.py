@@ -17,15 +17,21 @@ if TYPE_CHECKING:
     from infilld.server import wire
 
 _WHAT = "inline completion"
+# The editor runs it when an item was inserted: reply id, number of the choice.
+ACCEPTED = "infilld.accepted"
 
 
 class InlineCompletions:
-    """Answers inline completion requests; lives on the bridge's event loop."""
+    """Answers inline completion requests; lives on the bridge's event loop.
+
+    `gives_commands`: each item has the editor say that it was inserted.
+    """
 
     def __init__(self, documents: Documents, asker: Asker, live: LiveJobs) -> None:
         self._documents = documents
         self._asker = asker
         self._live = live
+        self.gives_commands = False
 
     async def answer(
         self, params: types.InlineCompletionParams
@@ -101,10 +107,12 @@ class InlineCompletions:
             return self._silent(Silence(reply.reason, reply.why), started_s)
         now = self._documents.get(gap.snapshot.uri)
         items: dict[str, types.InlineCompletionItem] = {}
-        for choice in reply.choices:
+        for number, choice in enumerate(reply.choices):
             fill = fill_of(gap, choice.spans[0].text) if choice.spans else None
             item = item_for(gap, fill, now) if now and fill is not None else None
             if item is not None:
+                if self.gives_commands:
+                    item.command = types.Command("infilld", ACCEPTED, arguments=[reply.id, number])
                 items.setdefault(str(item.insert_text), item)
         if not items:
             return self._silent(Silence("stale", "The document has moved on."), started_s)

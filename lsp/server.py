@@ -15,7 +15,7 @@ from infilld.lsp.daemon import DaemonLink, State
 from infilld.lsp.documents import Documents, encoding_named
 from infilld.lsp.edit_params import READERS, EditParams
 from infilld.lsp.edits import Edits
-from infilld.lsp.inline import InlineCompletions
+from infilld.lsp.inline import ACCEPTED, InlineCompletions
 from infilld.lsp.live import LiveJobs
 from infilld.lsp.options import parse_options
 from infilld.lsp.protocol import BridgeProtocol
@@ -81,6 +81,7 @@ def create_server() -> BridgeServer:
         server.feature(f"infilld/{what}")(_edit_request(what))
         server.command(f"infilld.{what}")(_edit_command(what))
     server.command(STATUS)(_status)
+    server.command(ACCEPTED)(_accepted)
     return server
 
 
@@ -90,6 +91,8 @@ def _initialize(ls: BridgeServer, params: types.InitializeParams) -> None:
     folders = [folder.uri for folder in params.workspace_folders or []]
     ls.asker.roots = folders or [root for root in [params.root_uri] if root]
     ls.asker.options, ls.problems = parse_options(params.initialization_options)
+    about = params.capabilities.workspace
+    ls.inline.gives_commands = about is not None and about.execute_command is not None
     ls.link.may_start = ls.asker.options.start_daemon
 
 
@@ -221,6 +224,14 @@ async def _applied(ls: BridgeServer, what: str, answer: dict[str, Any]) -> dict[
         text = f"infilld: nothing changed ({reason}). {why}".strip()
         ls.window_show_message(types.ShowMessageParams(types.MessageType.Info, text))
     return {"applied": is_applied, "reason": reason, "why": why}
+
+
+async def _accepted(ls: BridgeServer, *arguments: Any) -> None:
+    """Tell the daemon which suggestion was inserted: it prepares for what is asked next."""
+    reply_id, choice = arguments if len(arguments) == 2 else (None, None)
+    if not isinstance(reply_id, str) or not isinstance(choice, int):
+        raise JsonRpcInvalidParams(f"{ACCEPTED}: expected the id of a reply and a number")
+    await ls.link.inserted(reply_id, choice)
 
 
 async def _status(ls: BridgeServer, *arguments: Any) -> dict[str, object]:

@@ -71,6 +71,14 @@ class Client:
                 yield from events.feed(chunk)
         events.finish()
 
+    def feedback(self, told: wire.Feedback) -> None:
+        """Say what became of a suggestion.
+
+        Raises:
+            ServerProblem: `unknown_id`: the answer is forgotten; or as for `infill`.
+        """
+        self._send("POST", "/v1/feedback", _json(told), accept=(204,))
+
     def health(self) -> wire.Health:
         """The daemon's state, whatever it is; needs no token."""
         return _parse(wire.Health, self._send("GET", "/health", {}, accept=(200, 503)))
@@ -152,6 +160,10 @@ class AsyncClient:
                     for event in events.feed(chunk):
                         yield event
         events.finish()
+
+    async def feedback(self, told: wire.Feedback) -> None:
+        """As `Client.feedback`."""
+        await self._send("POST", "/v1/feedback", _json(told), accept=(204,))
 
     async def health(self) -> wire.Health:
         """As `Client.health`."""
@@ -267,8 +279,11 @@ def _translated() -> Iterator[None]:
 
 
 def _body(request: wire.InfillRequest, is_streamed: bool) -> dict[str, Any]:
-    content = request.model_copy(update={"stream": is_streamed}).to_json()
-    return {"content": content, "headers": {"Content-Type": "application/json"}}
+    return _json(request.model_copy(update={"stream": is_streamed}))
+
+
+def _json(body: wire.InfillRequest | wire.Feedback) -> dict[str, Any]:
+    return {"content": body.to_json(), "headers": {"Content-Type": "application/json"}}
 
 
 def _load_failure(stats: dict[str, Any]) -> ServerProblem:

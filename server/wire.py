@@ -44,6 +44,10 @@ Boldness = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def to_json(self) -> bytes:
+        """The body as bytes, without the keys that hold their default."""
+        return self.model_dump_json(exclude_defaults=True).encode()
+
 
 class _Reply(BaseModel):
     model_config = ConfigDict(frozen=True, validate_by_name=True, validate_by_alias=True)
@@ -99,10 +103,6 @@ class InfillRequest(_Request):
     think: Flag = False
     warm: Flag = False
     background: Flag = False
-
-    def to_json(self) -> bytes:
-        """The body as bytes, without the keys that hold their default."""
-        return self.model_dump_json(exclude_defaults=True).encode()
 
 
 class SpanText(_Reply):

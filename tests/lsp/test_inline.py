@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake_editor import AUTOMATIC, INVOKED, FakeEditor, apply_item, position
@@ -275,3 +276,27 @@ def test_bytes_outside_the_span_are_identical(
     after = apply_item(text, item, bridge.encoding)
     assert after.encode() == (text[:cursor] + inserted + text[cursor:]).encode()
     bridge.notify("textDocument/didClose", {"textDocument": {"uri": uri}})
+
+
+def test_an_item_says_when_it_was_inserted(live: LiveServer, tmp_path: Path) -> None:
+    """Only where the editor can run a command of ours; the daemon hears which choice it was."""
+    uri = "file:///project/inserted.py"
+    with FakeEditor(
+        tmp_path, state_dir=live.settings.state_dir, options={"startDaemon": False}
+    ) as editor:
+        editor.initialize(workspace={"executeCommand": {}})
+        editor.wait_state("ready")
+        live.worker.jobs.clear()
+        live.worker.script = Script(texts=("return 1", "return 2"), drafts=())
+        editor.open(uri, "")
+        items = editor.items(uri, 0, 0, INVOKED)
+        (job,) = live.worker.jobs
+        assert [item["command"]["arguments"] for item in items] == [[job.id, 0], [job.id, 1]]
+        live.worker.told.clear()
+        command = {name: items[1]["command"][name] for name in ("command", "arguments")}
+        assert editor.call("workspace/executeCommand", command) is None
+        assert live.worker.told == [(job.id, "inserted", 1, None)]
+        # An answer the daemon has forgotten is nobody's problem.
+        forgotten = command | {"arguments": ["nobody", 0]}
+        assert editor.call("workspace/executeCommand", forgotten) is None
+        assert len(live.worker.told) == 1

@@ -42,8 +42,9 @@ def test_what_is_advertised(fresh: FakeEditor) -> None:
     result = fresh.initialize()
     capabilities = result["capabilities"]
     assert capabilities["inlineCompletionProvider"] == {}
-    commands = {"infilld.rewrite", "infilld.fillGaps", "infilld.repair", "infilld.status"}
-    assert set(capabilities["executeCommandProvider"]["commands"]) == commands
+    commands = {"rewrite", "fillGaps", "repair", "status", "accepted"}
+    told = capabilities["executeCommandProvider"]["commands"]
+    assert set(told) == {f"infilld.{name}" for name in commands}
     assert capabilities["textDocumentSync"]["openClose"] is True
     assert capabilities["textDocumentSync"]["change"] == 2
     assert result["serverInfo"] == {"name": "infilld", "version": version("infilld")}
@@ -88,6 +89,15 @@ def test_a_nested_jsonrpc_key_is_harmless(bridge: FakeEditor) -> None:
         "workspace/executeCommand", {"command": "infilld.status", "arguments": [trap, [trap]]}
     )
     assert {"state", "url", "model", "why", "last"} <= status.keys()
+
+
+@pytest.mark.parametrize("arguments", [None, [], ["id"], ["id", "0"], [0, 0], ["id", 0, 0]])
+def test_what_was_inserted_needs_an_id_and_a_number(
+    bridge: FakeEditor, arguments: list[object] | None
+) -> None:
+    given = {"command": "infilld.accepted", "arguments": arguments}
+    params = {name: value for name, value in given.items() if value is not None}
+    assert error_of(bridge, "workspace/executeCommand", params)["code"] == -32602
 
 
 def test_unknown_methods_and_commands(bridge: FakeEditor) -> None:
