@@ -35,7 +35,9 @@ _MOST_BETWEEN_TOKENS = 64
 # Positions that stand for text that was contradicted.
 _CONTRADICTED_TOKENS = 2
 # Steps to look again at what is known of a gap, and at what was contradicted.
-_AGREEING_STEPS, _CONTRADICTED_STEPS = 2, 3
+_AGREEING_STEPS, _CONTRADICTED_STEPS = 1, 2
+# Positions behind each old line that is written anew, for what may have to be inserted.
+_INSERTED_TOKENS = 3
 # Steps for a gap of so many tokens, at most.
 _SMALL_GAP_TOKENS, _SMALL_GAP_STEPS, _MOST_STEPS, _FEWEST_STEPS = 48, 12, 24, 6
 # Exact lengths that are tried where a model has no filler token.
@@ -380,16 +382,25 @@ class Planner:
         return Draft((*[0] * noise, *tokens), (*[False] * noise, *[True] * len(tokens)))
 
     def _old_text(self, selection: str, stem: str) -> list[Draft]:
-        """The old text as it is, and with every other line, or token, replaced by noise."""
+        """The old text as it is; and with every other line, or token, open to be written anew.
+
+        A line that is open has room behind it for insertions; where nothing is inserted the model
+        writes fillers.
+        """
         whole = self._draft(selection, stem)
-        known: list[bool] = []
         lines = selection.splitlines(keepends=True)
-        for number, line in enumerate(lines):
-            count = len(self._tokenizer.encode(line))
-            is_kept = [(number if len(lines) > 1 else place) % 2 == 0 for place in range(count)]
-            known += is_kept
-        known = (known + [True] * len(whole.tokens))[: len(whole.tokens)]
-        return [whole, Draft(whole.tokens, tuple(known))]
+        if len(lines) < 2:
+            known = tuple(place % 2 == 0 for place in range(len(whole.tokens)))
+            return [whole, Draft(whole.tokens, known)]
+        tokens: list[int] = []
+        is_known: list[bool] = []
+        room = _INSERTED_TOKENS if self._layout.filler is not None else 0
+        for number, line in enumerate([stem + lines[0], *lines[1:]]):
+            own = self._tokenizer.encode(line)
+            is_kept = number % 2 == 0
+            tokens += own if is_kept else [*own, *[0] * room]
+            is_known += [is_kept] * (len(own) if is_kept else len(own) + room)
+        return [whole, Draft(tuple(tokens), tuple(is_known))]
 
     def _causal_tokens(self, plan: GapPlan, gap: Gap) -> int:
         """How many tokens a causal draft may have: a line's, where a line is wanted and it pays."""
