@@ -319,7 +319,7 @@ def test_live_jobs_share_their_passes_and_get_what_they_would_alone(
 
 
 def test_what_does_not_fit_waits_a_round(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "MAX_ROUND_TOKENS", 1)
+    monkeypatch.setattr(worker, "_round_tokens", 1)
     requests = [gap_behind(text) for text in other_texts(3)]
     passes = Passes(worker, monkeypatch)
     assert all(each.reason in ("ok", "empty") for each in held(worker, *requests))
