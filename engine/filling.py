@@ -98,6 +98,15 @@ class _Row:
     is_open: list[bool]
 
 
+@dataclass(frozen=True)
+class _Start:
+    """Starting canvases [R, L]; what the first pass is told [R, L, V]; positions held [R, L]."""
+
+    canvas: Tensor
+    belief: Tensor | None
+    held: Tensor | None
+
+
 @dataclass(kw_only=True)
 class Filling:
     """One passage being filled.
@@ -180,18 +189,16 @@ class Filling:
         drafts = {len(draft.tokens): draft for draft in reversed(self.plan.gaps[0].drafts)}
         lengths = sorted({*self.plan.lengths, *(n for n in drafts if n <= gap.limit_tokens)})
         layouts = {n: CanvasLayout((_exactly(gap, n),), (given,)) for n in lengths if n}
-        canvases = {n: self._canvas(layout, [[None]]) for n, layout in layouts.items()}
+        begun = {n: self._canvas(layout, [[None]]) for n, layout in layouts.items()}
         passes = [
-            CanvasPass(canvas, self.prefix.cache, belief) for canvas, belief in canvases.values()
+            CanvasPass(start.canvas, self.prefix.cache, start.belief) for start in begun.values()
         ]
         logits = dict(zip(layouts, (yield passes), strict=True))
         self.passes += 1
         self.watch.check()
         support = {n: _support(logits[n][0], n, given) for n in layouts}
         best = sorted(layouts, key=lambda n: -support[n])[:_REFINED_LENGTHS]
-        works = [
-            self._denoised(layouts[n], [[None]], first=(*canvases[n], logits[n])) for n in best
-        ]
+        works = [self._denoised(layouts[n], [[None]], first=(begun[n], logits[n])) for n in best]
         drafted = [n for n in drafts if n in layouts]
         works += [self._denoised(layouts[n], [[drafts[n]]]) for n in drafted]
         all_denoised = yield from together(works)
@@ -211,10 +218,8 @@ class Filling:
         ]
         return starts + [[None] * len(layout.gaps)] * self.plan.noise_rows
 
-    def _canvas(
-        self, layout: CanvasLayout, starts: Sequence[Sequence[Draft | None]]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Starting canvases [R, L], and what the first pass is told of them [R, L, V]."""
+    def _canvas(self, layout: CanvasLayout, starts: Sequence[Sequence[Draft | None]]) -> "_Start":
+        """Starting canvases."""
         rows, vocab = len(starts), self.model.config.vocab_tokens
         canvas = self._draws.first_canvas(rows, layout.tokens, vocab)
         pins = layout.pins(rows, self.model.device)
@@ -233,27 +238,25 @@ class Filling:
                 chosen = [token for token, is_meant in zip(tokens, meant, strict=True) if is_meant]
                 canvas[row, at] = torch.tensor(chosen, dtype=torch.int64, device=canvas.device)
                 known[row, at] = True
+        held = known & ~pins.mask if self.method.holds_drafts else None
         if not self.method.tells_given:
-            return canvas, None
+            return _Start(canvas, None, held)
         # Certain of what is given; nothing is known of the rest, so all tokens are alike there.
         belief = torch.zeros(*canvas.shape, vocab, device=canvas.device)
         belief[known] = -torch.inf
         belief[known, canvas[known]] = 0.0
-        return canvas, belief
+        return _Start(canvas, belief, held)
 
     def _denoised(
         self,
         layout: CanvasLayout,
         starts: Sequence[Sequence[Draft | None]],
         *,
-        first: tuple[Tensor, Tensor | None, Tensor] | None = None,
+        first: tuple["_Start", Tensor] | None = None,
     ) -> Work[Denoised]:
-        """Refine the canvases; `first` are those of a pass that was done already."""
+        """Refine the canvases; `first` is the start and the logits of a pass that was done."""
         rows, vocab = len(starts), self.model.config.vocab_tokens
-        if first is None:
-            (canvas, belief), logits = self._canvas(layout, starts), None
-        else:
-            canvas, belief, logits = first
+        start, logits = (self._canvas(layout, starts), None) if first is None else first
         banned = layout.banned(
             self.tokenizer, vocab, never=self._never_written(), filler=self._filler
         )
@@ -263,14 +266,15 @@ class Filling:
         stop: StopRule = _PLATEAU if self.method.plateau else _SURE
         denoised = yield from denoising(
             self.prefix.cache,
-            canvas,
+            start.canvas,
             replace(self.sampler, max_steps=most),
             self._draws,
             stop=stop,
             pins=layout.pins(rows, self.model.device),
             banned=banned.to(self.model.device),
             greedy=not self.method.samples,
-            belief=belief,
+            belief=start.belief,
+            held=start.held,
             is_draft=any(draft is not None for row in starts for draft in row),
             logits=logits,
             on_step=lambda step: self._watch(step, layout, before),

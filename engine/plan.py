@@ -65,6 +65,7 @@ class FillMethod:
         several: spans near to each other are filled on one canvas.
         heals: a gap within a word begins with the token of the word's start.
         tells_given: the first pass is told which positions are given or drafted.
+        holds_drafts: where the model agrees with a draft, it is not re-noised.
         plateau: a canvas is done when its argmax stays the same for three passes, sure or not.
         samples: accepted positions take a sample instead of the argmax.
         searches_length: exact lengths are tried, as where there is no filler token.
@@ -82,6 +83,7 @@ class FillMethod:
     several: bool = True
     heals: bool = False
     tells_given: bool = True
+    holds_drafts: bool = True
     plateau: bool = True
     samples: bool = False
     searches_length: bool = False

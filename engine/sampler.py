@@ -191,6 +191,7 @@ def denoising(
     greedy: bool = False,
     belief: Tensor | None = None,
     is_draft: bool = False,
+    held: Tensor | None = None,
     logits: Tensor | None = None,
     on_step: Callable[[Step], None] | None = None,
     is_late: Callable[[], bool] | None = None,
@@ -207,6 +208,8 @@ def denoising(
         belief: [R, L, V] logits that the first pass is told; None: nothing.
         is_draft: the starting canvas counts as a pass's argmax: where the first pass leaves it as
             it is, it is stable.
+        held: [R, L] bool, positions whose starting token is not re-noised as long as it stays the
+            argmax: a draft is not to be lost to noise where the model agrees with it.
         logits: [R, L, V] of the first pass, where somebody has them already.
         on_step: called after every pass; what it raises ends the work.
         is_late: asked after every pass; a late canvas is returned as it is, not as converged.
@@ -239,7 +242,11 @@ def denoising(
             on_step(step)
         if bool(converged.all()) or (is_late is not None and is_late()):
             break
-        canvas, belief = step.canvas, step.belief
+        following, belief = step.canvas, step.belief
+        if held is not None:
+            held = held & (step.argmax == canvas)
+            following = torch.where(held, canvas, following)
+        canvas = following
     assert result is not None
     return Denoised(
         tokens=result,

@@ -47,6 +47,9 @@ SWITCHES = {
     "nothing_told": Switch(
         "the engine, its first pass not told what is given or drafted", {"tells_given": False}
     ),
+    "drafts_renoised": Switch(
+        "the engine, re-noising drafts like anything else", {"holds_drafts": False}
+    ),
     "no_plateau": Switch("the engine, done with a canvas only when sure", {"plateau": False}),
     "samples": Switch("the engine, sampling what it accepts", {"samples": True}),
     "exact_lengths": Switch(

@@ -48,9 +48,7 @@ class Losses:
     gap: Tensor | None
 
 
-def corrupt(
-    batch: Batch, vocab_tokens: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def corrupt(batch: Batch, vocab_tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Canvas [B, C, L] whose gap positions are replaced by uniform tokens, at random rates.
 
     The rate is 1 for some canvases, because that is where an infill starts, and uniform in

@@ -474,3 +474,23 @@ class TestDrafts:
         assert run(FakeModel(certain([[1] * L])), stop=sure).passes == 1
         assert run(FakeModel(certain([[1] * L], height=3.0)), stop=sure).passes == 2
         assert run(FakeModel(certain([[1] * L])), stop=AnyOf(())).passes == CONFIG.max_steps
+
+    def test_what_is_held_stays_while_the_model_agrees(self) -> None:
+        # Unsure of everything, the sampler accepts one position and re-noises the others.
+        unsure = certain([[7] * (L - 1) + [3]], height=1.0)
+        model = FakeModel(unsure)
+        held = torch.tensor([[True] * (L - 2) + [False, True]])
+        work = denoising(
+            None,  # type: ignore[arg-type]
+            torch.full((1, L), 7),
+            replace(CONFIG, max_steps=4),
+            SeededDraws(0),
+            stop=AllOf(()),
+            held=held,
+        )
+        drive(model, work)  # type: ignore[arg-type]
+        for canvas in model.canvases[1:]:
+            assert canvas[0, : L - 2].tolist() == [7] * (L - 2)
+        # Neither what was not held, nor what the model contradicts.
+        assert any(canvas[0, L - 2] != 7 for canvas in model.canvases[1:])
+        assert any(canvas[0, L - 1] != 7 for canvas in model.canvases[1:])
