@@ -351,8 +351,11 @@ def test_without_auth_no_token_file_is_needed(
         assert server.url in capfd.readouterr().out
 
 
-def test_status_while_loading(server: LiveServer, capfd: pytest.CaptureFixture[str]) -> None:
-    server.worker.state = "loading"
+@pytest.mark.parametrize("state", ["loading", "unloaded"])
+def test_status_without_a_loaded_model(
+    server: LiveServer, capfd: pytest.CaptureFixture[str], state: str
+) -> None:
+    server.worker.state = state
     assert run(server, "status", "--json") == 0
     told = json.loads(capfd.readouterr().out)
     assert (told["state"], told["loaded"]) == ("running", False)

@@ -141,6 +141,7 @@ class FakeWorker:
         return {
             "model": "fake",
             "folder": None,
+            "state": self.state,
             "device": "cpu",
             "dtype": "float32",
             "parameters": 0,
