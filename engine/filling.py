@@ -24,7 +24,7 @@ from infilld.engine.model import CanvasPass, DiffusionGemma
 from infilld.engine.passes import Work, together
 from infilld.engine.plan import CanvasPlan, FillMethod, GapPlan, steps_for
 from infilld.engine.prefixes import Prefix
-from infilld.engine.ranking import Calibration, Candidate, Weighed, weigh
+from infilld.engine.ranking import Calibration, Candidate, Weighed, place_of, weigh
 from infilld.engine.request import DraftSpan, Reason
 from infilld.engine.sampler import Denoised, Step, denoising
 from infilld.engine.scorer import continue_greedily, score
@@ -40,6 +40,8 @@ _PLATEAU = AnyOf((_SURE, Stable(passes=2)))
 _SHOWN_PROBABILITY = 0.5
 # Of several exact lengths so many are refined after the first pass.
 _REFINED_LENGTHS = 3
+# Above this chance that nothing is missing, nothing is shown.
+COMPLETE = 0.5
 # Shorter answers that are judged beside a text of several lines.
 _SHORTER = 2
 # What was shown stays while it is about as good as the best: text must not flicker while one types.
@@ -155,7 +157,7 @@ class Filling:
                 rows = yield from self._by_lengths()
             else:
                 rows = yield from self._growing()
-        return self._judged(rows)
+        return (yield from self._judged(rows))
 
     # The canvas.
 
@@ -363,8 +365,11 @@ class Filling:
         at = f"\n{text}".find(f"\n{prompt.closing}")
         return text if at < 0 else text[:at].removesuffix("\n")
 
-    def _judged(self, rows: list[_Row]) -> list[GapResult]:
-        """Choices for each target in turn, with those before it in place."""
+    def _judged(self, rows: list[_Row]) -> Work[list[GapResult]]:
+        """Choices for each target in turn, with those before it in place.
+
+        Others get their turn before what takes as long as a pass: scores, and checks.
+        """
         results: list[GapResult] = []
         spoken: list[int] = []
         fills: list[str] = []
@@ -375,10 +380,14 @@ class Filling:
             )
             stem = self.plan.layout.gaps[number].stem
             candidates = self._candidates(number, gap, rows, surroundings, stem)
+            yield []
+            self.watch.check()
             continuations = [[*spoken, *each.tokens, *gap.judged] for each in candidates]
             logs = [each[len(spoken) :] for each in score(self.model, self.prefix, continuations)]
-            weighed = weigh(candidates, logs, self.calibration)
+            weighed = weigh(candidates, logs, self.calibration, place_of(before, after))
             self.watch.on_weighed(weighed)
+            yield []
+            self.watch.check()
             result = self._chosen(gap, weighed, surroundings)
             results.append(result)
             fills.append(result.choices[0].text if result.choices else gap.target.selection)
@@ -425,7 +434,7 @@ class Filling:
                 is_causal=text in causal,
             )
             for text, ids in tokens.items()
-            if len(ids) >= least and text not in gap.refused
+            if len(ids) >= least and text not in gap.refused and (text.strip() or not text)
         ]
 
     @property
@@ -449,7 +458,8 @@ class Filling:
             if self.watch.is_late():
                 return nothing("deadline", "The deadline struck before any text was certain.")
             return nothing("empty", "The model wrote no text for this span.")
-        if self.calibration is not None and not texts[0] and self.method.holds_back:
+        is_complete = not texts[0] and weighed[0].confidence >= COMPLETE
+        if self.calibration is not None and is_complete and self.method.holds_back:
             chance = weighed[0].confidence
             return nothing("empty", f"Nothing is missing here, with a chance of {chance:.0%}.")
         weighed = [each for each in weighed if each.candidate.text]

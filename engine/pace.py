@@ -13,7 +13,7 @@ _NEWEST = 0.3
 
 
 class Pace:
-    """Running means of times, in seconds; 0 before the first.
+    """Times, in seconds, as they are to be expected at worst; 0 before the first.
 
     Attributes:
         piece_s: to encode a piece of a prompt. pass_s: for a pass over a canvas, with whatever
@@ -35,7 +35,7 @@ class Pace:
             nonlocal last
             now = time.monotonic()
             if last is not None:
-                self.piece_s = _mean(self.piece_s, now - last)
+                self.piece_s = _expected(self.piece_s, now - last)
             last = now
             check()
 
@@ -51,14 +51,15 @@ class Pace:
                 logits = yield wanted
                 taken = time.monotonic() - began
                 if wanted:
-                    self.pass_s = _mean(self.pass_s, taken)
-                closing = time.monotonic()
+                    self.pass_s = _expected(self.pass_s, taken)
+                    closing = time.monotonic()
                 wanted = work.send(logits)
         except StopIteration as end:
             result: T = end.value
-            self.closing_s = _mean(self.closing_s, time.monotonic() - closing)
+            self.closing_s = _expected(self.closing_s, time.monotonic() - closing)
             return result
 
 
-def _mean(old: float, new: float) -> float:
-    return new if old == 0.0 else (1 - _NEWEST) * old + _NEWEST * new
+def _expected(old: float, new: float) -> float:
+    """Up at once, down slowly: what was slow a moment ago may be slow again."""
+    return max(new, (1 - _NEWEST) * old + _NEWEST * new)

@@ -23,6 +23,7 @@ from infilld.engine.errors import InfilldError
 from infilld.engine.evaluation.held_out import calibration_files, files_below
 from infilld.engine.evaluation.items import Item, cut_items
 from infilld.engine.evaluation.measures import is_exact_text
+from infilld.engine.filling import COMPLETE
 from infilld.engine.infill import Hooks, Infiller
 from infilld.engine.plan import FillMethod
 from infilld.engine.ranking import CALIBRATION, Calibration, Weighed
@@ -31,14 +32,16 @@ from infilld.engine.training.corpus import SourceFile
 from infilld.engine.worker import load_infiller
 
 ITEMS = 600
-# On the starter's calibration files 44 % of what is above was right, and 6 % of what is below.
-SHOW_ABOVE = 0.05
+# On the starter's calibration files about 45 % of what is above was right.
+SHOW_ABOVE = 0.12
 # Kinds of gaps and their shares of the items: mostly what is met while typing. An editor asks at
 # every pause, and often nothing is missing there.
 _KINDS = {"rest_of_line": 0.45, "line": 0.15, "span": 0.15, "silent": 0.25}
 # Keeps the weight of a rare feature small.
-_DECAY = 0.02
-_ITERATIONS = 100
+_DECAY = 0.005
+_ITERATIONS = 200
+# Score of what is not there.
+_NEVER = -1e9
 _SAY_EVERY_S = 10.0
 _TOLD_THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 
@@ -109,16 +112,22 @@ def judge(
 
 
 def fit(judged: Sequence[Judged]) -> Calibration:
-    """A logistic model of the judged candidates; every item counts alike.
+    """The likeliest softmax over the candidates of each item, and none of them.
 
     Args:
         judged: candidates of each item, which may be none; at least one item has some.
     """
-    rows = [(features, right, 1 / len(item)) for item in judged for features, right in item]
-    names = sorted(rows[0][0])
-    table = torch.tensor([[features[name] for name in names] for features, _, _ in rows])
-    right = torch.tensor([float(is_right) for _, is_right, _ in rows])
-    share = torch.tensor([weight for _, _, weight in rows])
+    items = [item for item in judged if item]
+    names = sorted(items[0][0][0])
+    most = max(map(len, items))
+    table = torch.zeros(len(items), most, len(names))
+    is_there = torch.zeros(len(items), most, dtype=torch.bool)
+    right = torch.zeros(len(items), most, dtype=torch.bool)
+    for row, item in enumerate(items):
+        table[row, : len(item)] = torch.tensor([[each[name] for name in names] for each, _ in item])
+        is_there[row, : len(item)] = True
+        right[row, : len(item)] = torch.tensor([is_right for _, is_right in item])
+    has_right = right.any(1)
     weights = torch.zeros(len(names), requires_grad=True)
     bias = torch.zeros((), requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -127,9 +136,12 @@ def fit(judged: Sequence[Judged]) -> Calibration:
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        logits = table @ weights + bias
-        each = torch.nn.functional.binary_cross_entropy_with_logits(logits, right, reduction="none")
-        total = (each * share).sum() / share.sum() + _DECAY * weights.square().mean()
+        scores = (table @ weights + bias).masked_fill(~is_there, _NEVER)
+        none = torch.zeros(len(items), 1)
+        whole = torch.cat((none, scores), dim=1).logsumexp(1)
+        rights = scores.masked_fill(~right, _NEVER).logsumexp(1)
+        nats = whole - torch.where(has_right, rights, 0.0)
+        total = nats.mean() + _DECAY * weights.square().mean()
         total.backward()  # type: ignore[no-untyped-call]
         return total
 
@@ -140,12 +152,6 @@ def fit(judged: Sequence[Judged]) -> Calibration:
         bias=round(bias.item(), 4),
         show_above=SHOW_ABOVE,
     )
-
-
-def save_calibration(calibration: Calibration, folder: Path) -> None:
-    """Write a calibration into a model folder."""
-    text = json.dumps(asdict(calibration), indent=2) + "\n"
-    (folder / CALIBRATION).write_text(text, encoding="utf-8")
 
 
 def shown_above(
@@ -163,15 +169,16 @@ def shown_above(
     """
     halves = [fit(judged[1::2]), fit(judged[0::2])]
     best: list[tuple[float, bool]] = []
-    for place, candidates in enumerate(judged):
-        half = halves[place % 2]
-        rated = [(half.confidence(each), right, each) for each, right in candidates]
-        confidence, is_right, features = max(
-            rated, key=lambda each: each[0], default=(0.0, False, {})
-        )
-        # Where nothing is likeliest, nothing is shown.
-        is_nothing = not rated or features.get("is_empty", 0.0) > 0
-        best.append((-1.0, False) if is_nothing else (confidence, is_right))
+    for place, item in enumerate(judged):
+        confidences = halves[place % 2].confidences([features for features, _ in item])
+        rated = sorted(zip(confidences, item, strict=True), key=lambda each: -each[0])
+        texts = [each for each in rated if not each[1][0].get("is_empty")]
+        is_complete = bool(rated) and rated[0] not in texts and rated[0][0] >= COMPLETE
+        if is_complete or not texts:
+            best.append((-1.0, False))
+        else:
+            confidence, (_, is_right) = texts[0]
+            best.append((confidence, is_right))
     rows = []
     for threshold in thresholds:
         shown = [confidence >= threshold for confidence, _ in best]
@@ -227,7 +234,7 @@ def _calibrate_folder(options: argparse.Namespace) -> None:
         found = Calibration(weights=found.weights, bias=found.bias, show_above=options.show_above)
     sys.stdout.write(json.dumps(asdict(found), indent=2) + "\n")
     if not options.dry_run:
-        save_calibration(found, options.model)
+        found.save(options.model)
         _say(f"wrote {options.model / CALIBRATION}")
 
 

@@ -76,6 +76,7 @@ class Canvas:
             spans=(Span(at, at),),
             min_tokens=tokens,
             max_tokens=tokens,
+            context=item.context,
             seed=self.seed,
         )
         # Whatever was asked before must not make an answer quicker.

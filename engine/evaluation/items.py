@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import random
 import tokenize
 from bisect import bisect_left
@@ -9,9 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from infilld.engine.errors import RequestError
+from infilld.engine.request import Context
 from infilld.engine.training.corpus import SourceFile
 
 _LONGEST_SPAN_CHARS = 40
+# Open files of the same package, and how much of each.
+_CONTEXT_FILES, _CONTEXT_CHARS = 3, 20_000
 _FEWEST_LINES, _MOST_LINES = 2, 4
 # Directly before one of these an operand to the left is complete.
 _COMPLETED_BY = frozenset(")]}:,")
@@ -38,7 +42,7 @@ class Item:
         before, missing, after: the document in three parts; `missing` is the gap's true text,
             and empty where nothing ought to be shown.
         source: path of the file, or name of the task.
-        check: tests to run; None: there are none.
+        check: tests to run; None: there are none. context: from other files.
     """
 
     kind: str
@@ -47,6 +51,7 @@ class Item:
     after: str
     source: str
     check: Check | None = None
+    context: tuple[Context, ...] = ()
 
     def filled(self, text: str) -> str:
         """The document with a text in the gap."""
@@ -79,13 +84,22 @@ def cut_items(files: Sequence[SourceFile], kind: str, count: int, seed: int) -> 
         if found is not None:
             start, end = found
             text = file.text
-            items.append(Item(kind, text[:start], text[start:end], text[end:], file.path))
+            around = _siblings(files, file) if kind == "context" else ()
+            before, missing, after = text[:start], text[start:end], text[end:]
+            items.append(Item(kind, before, missing, after, file.path, context=around))
     if len(items) < count:
         raise RequestError(
             f"{len(items)} gaps of kind {kind} in {len(files)} files, {count} are wanted",
             remedy="Give folders with more Python source.",
         )
     return items
+
+
+def _siblings(files: Sequence[SourceFile], file: SourceFile) -> tuple[Context, ...]:
+    """Other files of the package, the nearest in the tree first."""
+    own = [each for each in files if each.package == file.package and each.path != file.path]
+    own.sort(key=lambda each: -len(os.path.commonpath([each.path, file.path])))
+    return tuple(Context(each.path, each.text[:_CONTEXT_CHARS]) for each in own[:_CONTEXT_FILES])
 
 
 def _rest_of_line(text: str, at: int, rng: random.Random) -> tuple[int, int] | None:
@@ -172,6 +186,7 @@ def _behind_indent(text: str, start: int, end: int) -> tuple[int, int] | None:
 
 _CUTS: dict[str, _Cut] = {
     "rest_of_line": _rest_of_line,
+    "context": _rest_of_line,
     "line": _line,
     "lines": _lines,
     "span": _span,

@@ -10,13 +10,15 @@ KINDS = {
     "lines": "2 to 4 lines, behind the first one's indent",
     "span": "1 to 40 characters, which may start and end within words",
     "silent": "places where nothing is missing, and nothing ought to be shown",
+    "context": "the rest of a line of code, with other files of its package",
+    "pairs": "the ends of two lines near each other, in one request",
     "typing": "lines typed key by key, asked at every pause; one document stays warm",
     "benchmark": "the gaps of a benchmark's files",
     "repository": "statements of a repository whose own tests fail without them",
 }
 """Kinds of gaps; all but `benchmark` and `repository` are cut out of held-out files."""
 
-CUT_KINDS = ("rest_of_line", "line", "lines", "span", "silent")
+CUT_KINDS = ("rest_of_line", "line", "lines", "span", "silent", "context")
 """Kinds whose items are cut out of held-out files, one by one."""
 
 
@@ -56,6 +58,8 @@ SWITCHES = {
         "the engine, trying exact lengths, as without filler tokens", {"searches_length": True}
     ),
     "starts_anew": Switch("the engine, using nothing again after typing", {"follows": False}),
+    "each_alone": Switch("the engine, each span on a canvas of its own", {"several": False}),
+    "no_context": Switch("the engine, reading nothing from other files", {"reads_context": False}),
     "no_trims": Switch("the engine, cutting off no repeated suffix", {"trims": False}),
     "no_checks": Switch("the engine, showing what repeats or breaks", {"checks": False}),
     "oracle_length": Switch("the engine, told the true number of tokens", knows_length=True),

@@ -19,6 +19,8 @@ from infilld.engine.evaluation.held_out import files_below, held_out_files
 from infilld.engine.evaluation.items import Item, cut_items
 from infilld.engine.evaluation.measures import is_exact, measure, measure_silence, measure_tests
 from infilld.engine.evaluation.names import CONTENDERS, CUT_KINDS, KINDS
+from infilld.engine.evaluation.pairs import KIND as PAIRS
+from infilld.engine.evaluation.pairs import pairs, run_pairs
 from infilld.engine.evaluation.recordings import KIND as TYPING
 from infilld.engine.evaluation.recordings import recordings, run_typing
 from infilld.engine.evaluation.repository import KIND as REPOSITORY
@@ -206,9 +208,9 @@ def compare(
         if items[0].kind == "silent":
             found |= measure_silence(items, answers)
         if "canvas" in exact and name != "canvas":
-            pairs = list(zip(exact[name], exact["canvas"], strict=True))
-            found["only_it_exact"] = pairs.count((True, False))
-            found["only_canvas_exact"] = pairs.count((False, True))
+            both = list(zip(exact[name], exact["canvas"], strict=True))
+            found["only_it_exact"] = both.count((True, False))
+            found["only_canvas_exact"] = both.count((False, True))
         figures[name] = found
         say(
             f"{items[0].kind}: {name} has {100 * found['exact_match']:.1f} % of {len(items)} "
@@ -255,7 +257,7 @@ def _work(options: EvaluationOptions, stack: ExitStack, say: Say) -> _Work:
             compare(engine, items, names, seed, say, judge),
         )
 
-    if any(kind in CUT_KINDS or kind == TYPING for kind in kinds):
+    if any(kind in CUT_KINDS or kind in (TYPING, PAIRS) for kind in kinds):
         files = files_below(options.folders) if options.folders else held_out_files()
         work.sources["held_out"] = {
             "from": sorted({file.package for file in files}),
@@ -272,6 +274,12 @@ def _work(options: EvaluationOptions, stack: ExitStack, say: Say) -> _Work:
         work.tasks[TYPING] = lambda engine, names: (
             lines,
             run_typing(engine, made, seed, names, say),
+        )
+    if PAIRS in kinds:
+        couples = pairs(files, options.items, seed)
+        work.tasks[PAIRS] = lambda engine, names: (
+            len(couples),
+            run_pairs(engine, couples, seed, names, say),
         )
     if "benchmark" in kinds and options.benchmark is not None:
         found = humaneval_items(options.benchmark)
@@ -368,6 +376,7 @@ _COLUMNS = (
     _Column("pass_at_1", "pass@1"),
     _Column("exact_match", "exact"),
     _Column("exact_match_95", "95 %", 14),
+    _Column("both_exact", "both"),
     _Column("noise", "noise"),
     _Column("edit_similarity", "similar"),
     _Column("parse_rate", "parses"),
@@ -381,6 +390,7 @@ _COLUMNS = (
     _Column("median_passes", "p50 pass", is_share=False),
     _Column("p90_passes", "p90 pass", is_share=False),
     _Column("mean_passes", "passes", is_share=False),
+    _Column("mean_prompt_tokens", "prompt", is_share=False),
     _Column("cold_ms", "cold ms", is_share=False),
     _Column("warm_ms", "warm ms", is_share=False),
     _Column("speed_up", "times", is_share=False),

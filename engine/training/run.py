@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infilld.engine.errors import RequestError
-from infilld.engine.evaluation.calibrate import calibrate, save_calibration
+from infilld.engine.evaluation.calibrate import calibrate
 from infilld.engine.infill import Infiller
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prompt import Controls
@@ -137,7 +137,7 @@ def fit_confidence(options: TrainOptions, corpus: corpora.Corpus, say: Say) -> N
     engine = load_infiller(options.out, options.device)
     items = min(options.items, _CALIBRATION_ITEMS)
     found = calibrate(engine, corpus.calibration, items=items, seed=_EVALUATION_SEED)
-    save_calibration(found, options.out)
+    found.save(options.out)
 
 
 def plot(progress: Progress, out: Path, say: Say) -> None:

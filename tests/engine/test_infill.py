@@ -25,6 +25,7 @@ from infilld.engine.errors import (
 from infilld.engine.infill import Hooks, Infiller
 from infilld.engine.lines import line_end
 from infilld.engine.model import CanvasPass
+from infilld.engine.pace import Pace
 from infilld.engine.plan import FillMethod
 from infilld.engine.ranking import Weighed
 from infilld.engine.request import CanvasUpdate, Context, InfillRequest, InfillResult, Pin, Span
@@ -164,6 +165,8 @@ def test_a_deadline_that_struck_before_starts_nothing() -> None:
 @pytest.mark.parametrize("shown", [0.0001, 1.1], ids=["all is certain", "nothing is"])
 def test_a_deadline_cuts_what_is_uncertain(shown: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filling, "_SHOWN_PROBABILITY", shown)
+    # What was measured before is forgotten: a slow moment would leave no time for a pass.
+    monkeypatch.setattr(ENGINE, "pace", Pace())
     struck = time.monotonic() + 0.2
     seen: list[CanvasUpdate] = []
 
