@@ -177,21 +177,32 @@ class DiffusionGemma(nn.Module):
         ]
 
     @torch.no_grad()
-    def read(self, rows: Tensor, cache: PrefixCache) -> Tensor:
-        """Read token rows [R, N] causally after the cached prefix without extending it.
+    def read(self, rows: Sequence[Tensor], cache: PrefixCache) -> list[Tensor]:
+        """Read token rows [N] causally, each after the cached prefix, without extending it.
+
+        Everything but the attention is computed once over the tokens of all rows.
 
         Returns:
-            Normed hidden states [R, N, D]: what `encode` would return for each row alone.
+            For each its normed hidden states [N, D]: what `encode` would return for it alone.
         """
-        start, count = cache.tokens, rows.shape[1]
+        start, lengths = cache.tokens, [len(row) for row in rows]
+        masks: dict[tuple[LayerKind, int], Tensor] = {}
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = cache.join(layer, key, value)
-            mask = self._causal_mask(layer, start, count, keys.shape[2])
-            return _masked_attention(query, keys, values, mask)
+            kind = self.config.layer_kinds[layer]
+            parts = [torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)]
+            attended = []
+            for own, count in zip(zip(*parts, strict=True), lengths, strict=True):
+                keys, values = cache.join(layer, own[1], own[2])
+                if (kind, count) not in masks:
+                    masks[kind, count] = self._causal_mask(layer, start, count, keys.shape[2])
+                attended.append(_masked_attention(own[0], keys, values, masks[kind, count]))
+            return torch.cat(attended, dim=2)
 
-        x = self.embed(rows)
-        return self._run(x, self._places(start, x), attend, self._encoder_scalars())
+        x = self.embed(torch.cat(list(rows)))[None]
+        positions = torch.cat([torch.arange(start, start + n, device=x.device) for n in lengths])
+        hidden = self._run(x, positions, attend, self._encoder_scalars())
+        return list(torch.split(hidden[0], lengths))
 
     def _encode_piece(self, tokens: Tensor, cache: PrefixCache) -> Tensor:
         start, count = cache.tokens, len(tokens)

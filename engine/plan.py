@@ -36,6 +36,8 @@ _MOST_BETWEEN_TOKENS = 64
 _CONTRADICTED_TOKENS = 2
 # Steps to look again at what is known of a gap, and at what was contradicted.
 _AGREEING_STEPS, _CONTRADICTED_STEPS = 1, 2
+# Texts that agree and are judged again, beside what is found anew.
+_FOLLOWED_TEXTS = 4
 # Positions behind each old line that is written anew, for what may have to be inserted.
 _INSERTED_TOKENS = 3
 # Steps for a gap of so many tokens, at most.
@@ -316,7 +318,7 @@ class Planner:
             texts[target.draft] = 0.0
             drafts.append(self._draft(target.draft, stem))
         if followed is not None:
-            texts |= dict.fromkeys(followed.texts, 0.0)
+            texts |= dict.fromkeys(followed.texts[:_FOLLOWED_TEXTS], 0.0)
             if followed.texts:
                 drafts.append(self._draft(followed.texts[0], stem))
             elif followed.mended is not None:

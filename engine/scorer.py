@@ -25,19 +25,18 @@ def score(
     Returns:
         For each candidate [N] float32, nats: token i given the prefix and the tokens before it.
     """
-    longest = max(map(len, candidates), default=0)
-    if longest == 0:
+    some = [list(candidate) for candidate in candidates if candidate]
+    if not some:
         return [torch.empty(0) for _ in candidates]
-    # Reading is causal: what stands behind a shorter candidate cannot reach it.
-    rows = torch.zeros(len(candidates), longest, dtype=torch.int64)
-    for row, candidate in enumerate(candidates):
-        rows[row, : len(candidate)] = torch.tensor(candidate, dtype=torch.int64)
-    rows = rows.to(model.device)
-    states = prefix.last_hidden.expand(len(candidates), 1, -1)
-    if longest > 1:
-        states = torch.cat((states, model.read(rows[:, :-1], prefix.cache)), dim=1)
-    found = model.logits(states).log_softmax(-1).gather(-1, rows[..., None])[..., 0].cpu()
-    return [found[row, : len(candidate)] for row, candidate in enumerate(candidates)]
+    rows = [torch.tensor(candidate, device=model.device) for candidate in some]
+    # The last token of each is predicted and predicts nothing.
+    read = iter(model.read([row[:-1] for row in rows if len(row) > 1], prefix.cache))
+    first = prefix.last_hidden[None]
+    states = [torch.cat((first, next(read))) if len(row) > 1 else first for row in rows]
+    logs = model.logits(torch.cat(states)).log_softmax(-1)
+    found = logs.gather(-1, torch.cat(rows)[:, None])[:, 0].cpu()
+    parts = iter(torch.split(found, [len(row) for row in rows]))
+    return [next(parts) if candidate else torch.empty(0) for candidate in candidates]
 
 
 def continue_greedily(
@@ -62,5 +61,6 @@ def continue_greedily(
         if best in ends:
             break
         written.append(best)
-        hidden = model.read(torch.tensor([written], device=model.device), prefix.cache)[0, -1]
+        (states,) = model.read([torch.tensor(written, device=model.device)], prefix.cache)
+        hidden = states[-1]
     return written

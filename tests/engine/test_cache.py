@@ -199,7 +199,7 @@ def test_denoising_and_reading_leave_the_cache_as_it_was() -> None:
     extend(cache, [10, 11, 12] * 8)
     before = [(held.count, held.keys.clone(), held.values.clone()) for held in cache._held]
     model.denoise(CANVAS.expand(3, -1), cache, None)
-    model.read(CANVAS, cache)
+    model.read(list(CANVAS), cache)
     assert cache.tokens == 24
     for held, (count, keys, values) in zip(cache._held, before, strict=True):
         assert held.count == count

@@ -237,7 +237,7 @@ class TestScore:
         cache = model.new_cache(margin)
         last = model.encode(prefix, cache)[-1]
         before = cache.ids
-        read = model.read(candidates, cache)
+        read = torch.stack(model.read(list(candidates), cache))
         states = torch.cat((last.expand(3, 1, -1), read[:, :-1]), dim=1)
         found = self.log_probabilities(states, candidates)
         for row, candidate in enumerate(candidates):
@@ -255,7 +255,7 @@ class TestScore:
         # One token is left to encode, for the hidden state before the first candidate token.
         cache.trim(18)
         last = model.encode(prefix[18:19], cache)
-        states = torch.cat((last, model.read(candidate[None], cache)[0, :-1]))
+        states = torch.cat((last, model.read([candidate], cache)[0][:-1]))
         whole = torch.cat((prefix[:19], candidate))
         expected = reference_log_probabilities(reference(WIDE_HEADS), whole)[-6:]
         assert distance(self.log_probabilities(states, candidate), expected) < LOGIT_CEILING

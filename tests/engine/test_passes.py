@@ -75,3 +75,13 @@ def test_when_one_fails_the_others_are_closed() -> None:
     with pytest.raises(ValueError, match="so it goes"):
         drive(MODEL, together([endless(), failing()]))
     assert closed == [True]
+
+
+def test_rows_of_any_length_are_read_as_each_would_be_alone() -> None:
+    generator = torch.Generator().manual_seed(5)
+    cache = MODEL.new_cache()
+    MODEL.encode(torch.randint(VOCAB, (21,), generator=generator), cache)
+    rows = [torch.randint(VOCAB, (count,), generator=generator) for count in (3, 17, 1, 3)]
+    for row, read in zip(rows, MODEL.read(rows, cache), strict=True):
+        (alone,) = MODEL.read([row], cache)
+        torch.testing.assert_close(read, alone, atol=1e-5, rtol=1e-4)
