@@ -14,13 +14,16 @@ its own text alone is.
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from infilld.engine.chat import ChatTemplate
 from infilld.engine.errors import CheckpointMismatch, ContextTooLong, RequestError, Unsupported
 from infilld.engine.lines import unix
 from infilld.engine.packing import Chunk, Packed, Packer, one_line, ranked
 from infilld.engine.prompt import EOS, PAD, InfillPrompt, PromptParts, refuse_long
 from infilld.engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from infilld.engine.chat import ChatTemplate
 
 THOUGHT_END = "<channel|>"
 
@@ -71,7 +74,7 @@ class ChatLayout:
     filler: None = None
     follows_instructions = True
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: "ChatTemplate") -> None:
         self._tokenizer, self._template = tokenizer, template
         self._packer = Packer(tokenizer)
         self._frame = lru_cache(2)(self._framed)

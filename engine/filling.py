@@ -48,6 +48,9 @@ _SHORTER = 2
 _STAYS = 0.8
 
 
+_UNCALIBRATED = Calibration(weights={}, bias=0.0, show_above=0.0)
+
+
 @dataclass(frozen=True)
 class Choice:
     """A text for a target, with LF line ends: how likely it is right, and its score, nats."""
@@ -147,6 +150,13 @@ class Filling:
         self._reader = DraftReader(self.tokenizer, self._filler, newlines)
         self._causal: list[Candidate] = []
         self._only_repeats = False
+        # Whether a row of the last canvas ended without a filler: it might go on.
+        self._is_open = False
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing more is to be found out by refining what came out."""
+        return self.is_finished and not self._is_open
 
     def work(self) -> Work[list[GapResult]]:
         """Denoise, and judge what came out; one result for each target."""
@@ -177,7 +187,10 @@ class Filling:
             if grown is None:
                 break
             starts = [
-                [Draft(tuple(denoised.tokens[row, place].tolist())) for place in layout.slices]
+                [
+                    _longer(denoised.tokens[row, place].tolist(), gap.tokens)
+                    for place, gap in zip(layout.slices, grown.gaps, strict=True)
+                ]
                 for row in range(len(rows))
             ]
             layout = grown
@@ -286,6 +299,7 @@ class Filling:
         self.passes = max(self.passes, before + denoised.passes - (first is not None))
         self.canvas_tokens += layout.tokens * rows
         self.is_finished = self.is_finished and not self.watch.is_late()
+        self._is_open = False
         return denoised
 
     def _never_written(self) -> Sequence[int]:
@@ -335,21 +349,25 @@ class Filling:
 
     def _row(self, denoised: Denoised, number: int, layout: CanvasLayout) -> _Row:
         row = _Row([], [], [])
-        for gap, place in zip(layout.gaps, layout.slices, strict=True):
+        for gap, plan, place in zip(layout.gaps, self.plan.gaps, layout.slices, strict=True):
             tokens: list[int] = denoised.tokens[number, place].tolist()
             places = read_gap(tokens, self._filler)
             ended = next((at for at in places if tokens[at] in self._ends), None)
             row.is_open.append(len(places) == gap.tokens and ended is None)
+            self._is_open = self._is_open or row.is_open[-1]
             if ended is not None:
                 places = [at for at in places if at < ended]
             if not bool(denoised.converged[number]) and self.watch.is_late():
                 low = math.log(_SHOWN_PROBABILITY)
                 logs: list[float] = denoised.log_probability[number, place].tolist()
                 end = next((at for at in places if logs[at] < low), gap.tokens)
-                places = [at for at in places if at < end]
+                # Of an old text no beginning may be left: all of it is new, or none.
+                is_old = bool(plan.target.selection)
+                places = [] if is_old else [at for at in places if at < end]
             kept = [tokens[at] for at in places]
             row.tokens.append(kept)
-            row.texts.append(self._until_closing(self._text(kept, gap.stem) or ""))
+            text = self._text(kept, gap.stem) or ""
+            row.texts.append(self._ended(text, plan, is_ended=ended is not None))
         return row
 
     def _text(self, tokens: Sequence[int], stem: str) -> str | None:
@@ -357,13 +375,19 @@ class Filling:
         text = self.tokenizer.text(tokens)
         return text[len(stem) :] if text.startswith(stem) else None
 
-    def _until_closing(self, text: str) -> str:
-        """Text up to the line that ends an answer, where nothing is pinned behind it."""
+    def _ended(self, text: str, plan: GapPlan, *, is_ended: bool) -> str:
+        """Text up to the line that ends an answer, where nothing is pinned behind it.
+
+        Its last line ends as that of the selection does.
+        """
         prompt = self.plan.prompt
-        if prompt.suffix_follows or not prompt.closing:
+        if prompt.suffix_follows:
             return text
-        at = f"\n{text}".find(f"\n{prompt.closing}")
-        return text if at < 0 else text[:at].removesuffix("\n")
+        at = f"\n{text}".find(f"\n{prompt.closing}") if prompt.closing else -1
+        if at < 0 and not is_ended:
+            return text
+        text = (text if at < 0 else text[:at]).removesuffix("\n")
+        return text + "\n" * plan.target.selection.endswith("\n")
 
     def _judged(self, rows: list[_Row]) -> Work[list[GapResult]]:
         """Choices for each target in turn, with those before it in place.
@@ -421,7 +445,7 @@ class Filling:
         # A canvas may write a text in other tokens than its own; those of its own are judged.
         tokens = {text: tuple(self.tokenizer.encode(stem + text)) for text in dict.fromkeys(texts)}
         least = self.plan.layout.gaps[number].min_tokens
-        if self._judges_nothing and not least:
+        if self._judges_nothing and not least and not gap.target.selection:
             tokens.setdefault("", tuple(self.tokenizer.encode(stem)))
         else:
             tokens.pop("", None)
@@ -458,14 +482,16 @@ class Filling:
             if self.watch.is_late():
                 return nothing("deadline", "The deadline struck before any text was certain.")
             return nothing("empty", "The model wrote no text for this span.")
-        is_complete = not texts[0] and weighed[0].confidence >= COMPLETE
+        is_complete = not texts[0] and weighed[0].confidence >= COMPLETE and self.boldness != 1
         if self.calibration is not None and is_complete and self.method.holds_back:
             chance = weighed[0].confidence
             return nothing("empty", f"Nothing is missing here, with a chance of {chance:.0%}.")
         weighed = [each for each in weighed if each.candidate.text]
         least = 0.0
-        if self.calibration is not None and self.method.holds_back:
-            least = self.calibration.least_confidence(self.boldness)
+        if self.method.holds_back:
+            # Without a calibration all is shown, unless somebody asks to be shy.
+            calibration = self.calibration or _UNCALIBRATED
+            least = calibration.least_confidence(self.boldness)
         likely = [each for each in weighed if each.confidence >= least]
         if not likely:
             best = weighed[0].confidence
@@ -502,6 +528,12 @@ class Filling:
     def _stays(self, each: Weighed, best: Weighed) -> bool:
         is_shown = each.candidate.text == self.plan.shown
         return is_shown and each.confidence >= _STAYS * best.confidence
+
+
+def _longer(tokens: list[int], length: int) -> Draft:
+    """What a canvas wrote, with noise in the positions that it gained."""
+    more = length - len(tokens)
+    return Draft((*tokens, *[0] * more), (*[True] * len(tokens), *[False] * more))
 
 
 def _exactly(gap: Gap, tokens: int) -> Gap:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 _DOCUMENTS = 16
 # What was asked last, and what was prepared in case it is accepted.
 _STATES = 3
+# Larger documents are not kept: there may be as many of them as states.
+_MOST_DOCUMENT_CHARS = 1_000_000
 # More typed or deleted text than this is another place.
 _MOST_CHARS = 200
 # Signs an editor closes by itself when the opening one is typed.
@@ -28,6 +30,7 @@ class State:
         before, after: text around it, with LF line ends.
         texts: for it, the best first. shown: the one that was shown, if any was.
         is_settled: the canvas was finished: there is nothing more to find out by refining it.
+        asked: what else the texts depend on, such as bounds and language.
     """
 
     before: str
@@ -35,6 +38,7 @@ class State:
     texts: tuple[str, ...]
     shown: str | None
     is_settled: bool
+    asked: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,8 @@ class Memory:
 
     def keep(self, document: str, state: State) -> None:
         """Remember a state of a document."""
+        if len(state.before) + len(state.after) > _MOST_DOCUMENT_CHARS:
+            return
         states = self._states.setdefault(document, deque(maxlen=_STATES))
         self._states.move_to_end(document)
         kept = [one for one in states if (one.before, one.after) != (state.before, state.after)]
@@ -74,9 +80,12 @@ class Memory:
         while len(self._states) > _DOCUMENTS:
             self._states.popitem(last=False)
 
-    def follow(self, document: str, before: str, after: str) -> Followed | None:
+    def follow(
+        self, document: str, before: str, after: str, asked: tuple[object, ...] = ()
+    ) -> Followed | None:
         """What is left for a gap between `before` and `after`; None: nothing is known of it."""
-        states = list(reversed(self._states.get(document, ())))
+        known = reversed(self._states.get(document, ()))
+        states = [state for state in known if state.asked == asked]
         # What is typed further along says more than what was deleted again.
         states.sort(key=lambda state: -len(state.before) * before.startswith(state.before))
         best: Followed | None = None
@@ -99,7 +108,7 @@ def _followed(state: State, before: str, after: str) -> Followed | None:
         return _typed(state, typed, closer) if len(typed) <= _MOST_CHARS else None
     if state.before.startswith(before) and not closer:
         deleted = state.before[len(before) :]
-        if len(deleted) > _MOST_CHARS:
+        if len(deleted) > _MOST_CHARS or not state.texts:
             return None
         shown = None if state.shown is None else deleted + state.shown
         return Followed(
@@ -113,16 +122,21 @@ def _followed(state: State, before: str, after: str) -> Followed | None:
 
 def _typed(state: State, typed: str, closer: str) -> Followed | None:
     texts = _rests(state.texts, typed, closer)
+    if texts and not any(texts):
+        # Typed to its end: what follows is another question.
+        return None
+    texts = [text for text in texts if text]
     if texts:
         shown = _rests([] if state.shown is None else [state.shown], typed, closer)
         return Followed(
             texts=tuple(dict.fromkeys(texts)),
-            shown=shown[0] if shown else None,
+            shown=shown[0] if shown and shown[0] else None,
             is_settled=state.is_settled,
         )
     if not state.texts or closer or "\n" in typed:
         return None
-    return Followed(mended=_mended(state.texts[0], typed))
+    rest = _mended(state.texts[0], typed)
+    return Followed(mended=rest) if rest else None
 
 
 def _rests(texts: Sequence[str], typed: str, closer: str) -> list[str]:

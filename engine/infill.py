@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from infilld.engine.config import SamplerConfig
-from infilld.engine.errors import UnknownOption
+from infilld.engine.errors import GapTooLong, UnknownOption
 from infilld.engine.filling import Choice, Filling, GapResult, Watch
 from infilld.engine.follow import Followed, Memory, State
 from infilld.engine.languages import STARTER_LANGUAGE, language_of
@@ -46,6 +46,10 @@ from infilld.engine.tokenizer import Tokenizer
 
 # Prompts are cut to this many tokens even where the model could read more.
 _PROMPT_TOKENS = 4096
+# Passages of one request that are filled at once.
+_SIDE_BY_SIDE = 4
+# Canvases of text in which a repair looks for what is unlikely, and places it mends at once.
+_MOST_DOUBTED_PIECES, _MOST_DOUBTED = 16, 32
 _LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
@@ -102,11 +106,20 @@ class _Job:
     passes: int = field(default=0, init=False)
     encode_s: float = field(default=0.0, init=False)
     _updates: int = field(default=0, init=False)
+    _texts: dict[Target, str | None] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Nothing is shown yet."""
         spans = self.request.spans
         self.drafts = [DraftSpan(self.request.text[s.start : s.end], 0) for s in spans]
+
+    def begin(self, targets: Sequence[Target]) -> None:
+        """These are going to be filled; each stays as it is until it is shown."""
+        self._texts = dict.fromkeys(targets)
+
+    def keep(self, target: Target, text: str | None) -> None:
+        """A target is finished with this text; None: it stays as it is."""
+        self._texts[target] = text
 
     def show(
         self, targets: Sequence[Target], drafts: Sequence[DraftSpan], passes: int, revised: bool
@@ -114,28 +127,34 @@ class _Job:
         """Tell who watches what the canvas holds now."""
         if self.hooks.on_canvas is None:
             return
-        for number in dict.fromkeys(target.number for target in targets):
-            own = [
-                (target, draft)
-                for target, draft in zip(targets, drafts, strict=True)
-                if target.number == number
-            ]
-            self.drafts[number] = self._composed(number, own)
+        for target, draft in zip(targets, drafts, strict=True):
+            self._texts[target] = draft.text
+            self.drafts[target.number] = self._composed(target, draft)
         update = CanvasUpdate(
             self._updates, self.canvases, self.passes + passes, tuple(self.drafts), revised
         )
         self._updates += 1
         self.hooks.on_canvas(update)
 
-    def _composed(self, number: int, own: list[tuple[Target, DraftSpan]]) -> DraftSpan:
-        pieces = [(target, draft.text) for target, draft in own]
-        text = composed(self.request, number, pieces)
-        first, draft = own[0]
-        settled = draft.settled
-        if len(own) > 1 or first.span.start != self.request.spans[number].start:
-            settled = 0
-        elif settled:
-            settled += len(first.start)
+    def settle(self, targets: Sequence[Target], results: Sequence[GapResult], passes: int) -> None:
+        """Take back what was called settled and was not chosen."""
+        drafts, is_revised = [], False
+        for target, result in zip(targets, results, strict=True):
+            shown = self.drafts[target.number]
+            text = result.choices[0].text if result.choices else target.selection
+            settled = shown.text[: shown.settled]
+            is_kept = composed(self.request, target.number, [(target, text)]).startswith(settled)
+            is_revised = is_revised or not is_kept
+            drafts.append(DraftSpan(text, 0))
+        if is_revised:
+            self.show(targets, drafts, passes, True)
+
+    def _composed(self, target: Target, draft: DraftSpan) -> DraftSpan:
+        own = {each: text for each, text in self._texts.items() if each.number == target.number}
+        pieces = sorted(own.items(), key=lambda piece: piece[0].span.start)
+        text = composed(self.request, target.number, pieces)
+        # Of a span in several pieces nothing is settled: they are shown one after another.
+        settled = draft.settled + len(target.start) if draft.settled and len(own) == 1 else 0
         return DraftSpan(text, min(settled, len(text)))
 
 
@@ -214,12 +233,18 @@ class Infiller:
     def _answered(self, job: _Job, result: InfillResult) -> Work[InfillResult]:
         """The result with its alternatives, or with the reason for none."""
         targets = targets_of(job.request)
-        if job.request.repair is not None:
+        if job.request.warm:
+            targets = targets[:1]
+        elif job.request.repair is not None:
             targets = yield from self._suspected(job, targets)
             if not targets:
                 why = "Nothing in the selected text looks wrong."
                 return replace(result, reason="empty", why=why)
-        long = {target: split for target in targets if len(split := self._pieces(job, target)) > 1}
+        split = {target: self._pieces(job, target) for target in targets}
+        if job.request.warm:
+            split = {target: pieces[:1] for target, pieces in split.items()}
+        long = {target: pieces for target, pieces in split.items() if len(pieces) > 1}
+        job.begin([piece for pieces in split.values() for piece in pieces])
         short = [target for target in targets if target not in long]
         works = []
         for passage in self._planner.passages(job.request, short):
@@ -228,13 +253,19 @@ class Infiller:
             plan = self._planner.plan(job.request, passage, followed)
             works.append(self._filled(job, plan))
         works += [self._rewritten(job, target, pieces) for target, pieces in long.items()]
-        filled = yield from together(works)
+        filled: list[_Filled] = []
+        passes = 0
+        # A few at a time: each holds an encoded prompt, and others want their turn.
+        for some in _batches(works, _SIDE_BY_SIDE):
+            done = yield from together(some)
+            # Canvases side by side share their passes.
+            passes += max(each.usage.passes for each in done)
+            filled += done
         usage = Usage(
             prompt_tokens=sum(each.usage.prompt_tokens for each in filled),
             cached_tokens=sum(each.usage.cached_tokens for each in filled),
             canvas_tokens=sum(each.usage.canvas_tokens for each in filled),
-            # Canvases side by side share their passes.
-            passes=max(each.usage.passes for each in filled),
+            passes=passes,
         )
         results = [one for each in filled for one in each.results]
         ordered = [*short, *(piece for target in long for piece in long[target])]
@@ -274,6 +305,11 @@ class Infiller:
         whole = passage_of(job.request.text, [target])
         before = whole.before
         for number, piece in enumerate(pieces):
+            if results and job.hooks.is_late():
+                why = "The deadline struck before all of the selection was written."
+                nothing = GapResult(choices=(), reason="deadline", why=why, texts=())
+                results += [nothing] * (len(pieces) - number)
+                break
             rest = "".join(later.selection for later in pieces[number + 1 :])
             passage = Passage(
                 before=before, targets=(piece,), between=(), after=whole.after, head=rest or None
@@ -283,6 +319,7 @@ class Infiller:
             results.append(result)
             costs.append(filled.usage)
             before += result.choices[0].text if result.choices else piece.selection
+            job.keep(piece, result.choices[0].text if result.choices else None)
             job.canvases += 1
             job.passes += filled.usage.passes
         return _Filled(results, _sum(costs))
@@ -292,7 +329,7 @@ class Infiller:
         document = job.request.document
         if document is None or not self.method.follows or not _can_follow(job.request, passage):
             return None
-        return self._memory.follow(document, passage.before, passage.after)
+        return self._memory.follow(document, passage.before, passage.after, _asked(job.request))
 
     def _filled(self, job: _Job, plan: CanvasPlan) -> Work[_Filled]:
         """Encode a prompt, and fill its passage."""
@@ -305,18 +342,22 @@ class Infiller:
 
         def check() -> None:
             hooks.check()
-            if hooks.is_late(self.pace.piece_s):
+            if hooks.is_late(pace.piece_s):
+                if not hooks.is_late():
+                    pace.ease()
                 raise _Struck
 
+        # The times of what is suspended for others say nothing.
+        pace = Pace() if request.background else self.pace
         began = time.monotonic()
         try:
             check()
             ids = plan.prompt_ids
-            if plan.prompt.thought_ends:
+            if plan.prompt.thought_ends and not request.warm:
                 ids = yield from thinking(
                     self.model, self.sampler, self._prefixes, plan.prompt, job.seed, check
                 )
-            encoding = self._prefixes.encoding(ids, self.pace.timed(check))
+            encoding = self._prefixes.encoding(ids, pace.timed(check))
             prefix, cached = yield from encoding
         except _Struck:
             return struck("The deadline struck before the first pass.")
@@ -328,7 +369,9 @@ class Infiller:
                 why = "Only the prompt was encoded, as asked."
                 nothing = GapResult(choices=(), reason="empty", why=why, texts=())
                 return _Filled([nothing] * len(plan.gaps), usage)
-            if hooks.is_late(self.pace.needed_s(passes=0 if plan.is_settled else 1)):
+            if hooks.is_late(pace.needed_s(passes=0 if plan.is_settled else 1)):
+                if not hooks.is_late():
+                    pace.ease()
                 return struck("The deadline left no time for a pass.")
             targets = plan.passage.targets
             on_drafts = None
@@ -353,14 +396,15 @@ class Infiller:
                     on_drafts=on_drafts,
                     on_weighed=hooks.on_weighed,
                     check=hooks.check,
-                    is_late=lambda: hooks.is_late(self.pace.needed_s(passes=1)),
+                    is_late=lambda: hooks.is_late(pace.needed_s(passes=1)),
                     until=hooks.deadline_at,
                 ),
             )
-            results = yield from self.pace.passes(run.work())
+            results = yield from pace.passes(run.work())
         finally:
             self._prefixes.give_back(prefix)
         self._remember(job, plan, run, results)
+        job.settle(targets, results, run.passes)
         usage = replace(usage, canvas_tokens=run.canvas_tokens, passes=run.passes)
         return _Filled(results, usage)
 
@@ -379,7 +423,8 @@ class Infiller:
             after=passage.after,
             texts=texts,
             shown=shown,
-            is_settled=run.is_finished,
+            is_settled=run.is_settled,
+            asked=_asked(job.request),
         )
         self._memory.keep(document, state)
 
@@ -398,16 +443,33 @@ class Infiller:
             ]
         found: list[Target] = []
         for target in targets:
-            passage = passage_of(request.text, [target])
-            prompt = self._planner.prompt(request, passage)
-            prefix, _ = yield from self._prefixes.encoding(prompt.ids, job.hooks.check)
-            try:
-                ids = self.tokenizer.encode(target.selection)
-                (logs,) = score(self.model, prefix, [ids])
-            finally:
-                self._prefixes.give_back(prefix)
-            found += doubted(target, request.text, logs, self.tokenizer)
-        return found
+            pieces = self._pieces(job, target)
+            if len(pieces) > _MOST_DOUBTED_PIECES:
+                raise GapTooLong(
+                    f"what is unlikely is looked for in {_MOST_DOUBTED_PIECES} canvases of text "
+                    "at most",
+                    remedy="Select less, or say what is to be repaired.",
+                )
+            for piece in pieces:
+                prompt = self._planner.prompt(request, passage_of(request.text, [piece]))
+                prefix, _ = yield from self._prefixes.encoding(prompt.ids, job.hooks.check)
+                try:
+                    ids = self.tokenizer.encode(piece.selection)
+                    (logs,) = score(self.model, prefix, [ids])
+                finally:
+                    self._prefixes.give_back(prefix)
+                found += doubted(piece, request.text, logs, self.tokenizer)
+        return found[:_MOST_DOUBTED]
+
+
+def _asked(request: InfillRequest) -> tuple[object, ...]:
+    """What the texts of a gap depend on, beside the text around it."""
+    bounds = (request.min_tokens, request.max_tokens)
+    return (request.language, request.path, request.context, request.think, *bounds)
+
+
+def _batches(works: Sequence[Work[_Filled]], count: int) -> list[Sequence[Work[_Filled]]]:
+    return [works[start : start + count] for start in range(0, len(works), count)]
 
 
 def _can_follow(request: InfillRequest, passage: Passage) -> bool:
@@ -461,7 +523,9 @@ def _with_choices(
             for target, each in pairs:
                 if target.number == number:
                     choice = _ranked(each, rank)
-                    pieces.append((target, None if choice is None else choice.text))
+                    is_pinned = bool(target.start or target.end)
+                    stays = target.selection if is_pinned else None
+                    pieces.append((target, stays if choice is None else choice.text))
                     if choice is not None:
                         confidences.append(choice.confidence)
                         scores.append(choice.score)

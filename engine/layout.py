@@ -1,13 +1,17 @@
 """Which prompt layout a checkpoint wants."""
 
-from infilld.engine.chat import ChatTemplate
+from typing import TYPE_CHECKING
+
 from infilld.engine.chat_prompt import ChatLayout
 from infilld.engine.errors import Unsupported
 from infilld.engine.prompt import Controls, FimLayout, PromptLayout
 from infilld.engine.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from infilld.engine.chat import ChatTemplate
 
-def layout_of(tokenizer: Tokenizer, template: ChatTemplate | None) -> PromptLayout:
+
+def layout_of(tokenizer: Tokenizer, template: "ChatTemplate | None") -> PromptLayout:
     """The layout of a checkpoint: that of its infill marks, else that of its chat template.
 
     Raises:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from infilld.engine.chat import ChatTemplate
 from infilld.engine.config import ModelConfig, SamplerConfig
 from infilld.engine.errors import CheckpointMismatch, NotEnoughMemory, UnsupportedDevice
 from infilld.engine.infill import Infiller
 from infilld.engine.layout import layout_of
+from infilld.engine.prompt import Controls, PromptLayout
 from infilld.engine.ranking import Calibration
 from infilld.engine.tokenizer import Tokenizer
 from infilld.engine.weights import load_model
@@ -49,8 +49,17 @@ def load_infiller(folder: Path, device: str = "auto") -> Infiller:
         tokenizer,
         SamplerConfig.from_folder(folder),
         calibration=Calibration.from_folder(folder),
-        layout=layout_of(tokenizer, ChatTemplate.from_folder(folder)),
+        layout=_layout(tokenizer, folder),
     )
+
+
+def _layout(tokenizer: Tokenizer, folder: Path) -> PromptLayout:
+    """The layout of a checkpoint; a template is read, and its library loaded, only if needed."""
+    if Controls.of(tokenizer) is not None:
+        return layout_of(tokenizer, None)
+    from infilld.engine.chat import ChatTemplate
+
+    return layout_of(tokenizer, ChatTemplate.from_folder(folder))
 
 
 def _refuse_without_kernels(config: ModelConfig) -> None:

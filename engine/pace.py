@@ -9,7 +9,8 @@ from infilld.engine.passes import Work
 T = TypeVar("T")
 
 # How much the last measurement counts.
-_NEWEST = 0.3
+_NEWEST = 0.5
+_EASED = 0.5
 
 
 class Pace:
@@ -26,6 +27,12 @@ class Pace:
     def needed_s(self, *, passes: int) -> float:
         """Seconds until an answer, with so many passes before it."""
         return passes * self.pass_s + self.closing_s
+
+    def ease(self) -> None:
+        """Expect less: a request was given up for what was expected, and nothing was measured."""
+        self.piece_s, self.pass_s, self.closing_s = (
+            _EASED * each for each in (self.piece_s, self.pass_s, self.closing_s)
+        )
 
     def timed(self, check: Callable[[], None]) -> Callable[[], None]:
         """A check before each piece that also measures the piece before it."""

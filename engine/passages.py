@@ -82,11 +82,14 @@ def targets_of(request: InfillRequest) -> list[Target]:
         if draft is not None:
             # A draft is the whole result; one that lacks a pin is taken for the rest of it.
             inner = unix(draft).removeprefix(start).removesuffix(end)
-        selection = unix(request.text[span.start : span.end])
+        # Pins stay: what may change lies between them.
+        old = unix(request.text[span.start : span.end])
+        selection = old.removeprefix(start)
+        selection = selection.removesuffix(end) if end else selection
         targets.append(
             Target(number=number, span=span, selection=selection, start=start, end=end, draft=inner)
         )
-    return sorted(targets, key=lambda target: target.span.start)
+    return sorted(targets, key=lambda target: (target.span.start, target.span.end))
 
 
 def passage_of(text: str, targets: Sequence[Target]) -> Passage:

@@ -36,6 +36,8 @@ _MOST_BETWEEN_TOKENS = 64
 _CONTRADICTED_TOKENS = 2
 # Steps to look again at what is known of a gap, and at what was contradicted.
 _AGREEING_STEPS, _CONTRADICTED_STEPS = 1, 2
+# Other texts in which drafts are looked for.
+_SEARCHED_CONTEXTS = 6
 # Texts that agree and are judged again, beside what is found anew.
 _FOLLOWED_TEXTS = 4
 # Positions behind each old line that is written anew, for what may have to be inserted.
@@ -83,7 +85,7 @@ class FillMethod:
     causal_draft: bool = False
     pins_suffix: bool = True
     several: bool = True
-    heals: bool = False
+    heals: bool = True
     tells_given: bool = True
     holds_drafts: bool = True
     plateau: bool = True
@@ -192,12 +194,10 @@ class Planner:
         """
         whole = self._config.canvas_tokens - HEAD_TOKENS
         least = -(-sum(map(len, lines)) // self._tokenizer.longest_bytes)
+        refused = GapTooLong(f"the selection needs more than {_MOST_PIECES} canvases")
         room = int(_PIECE_SHARE * self._config.canvas_tokens)
         if least > _MOST_PIECES * room:
-            raise GapTooLong(
-                f"the selection has at least {least} tokens, "
-                f"{_MOST_PIECES} canvases take {_MOST_PIECES * room}"
-            )
+            raise refused
         if self._tokens_of("".join(lines), whole) * 5 // 4 + 16 <= whole:
             return [sum(map(len, lines))]
         pieces, used = [0], 0
@@ -213,6 +213,8 @@ class Planner:
                 used = 0
             pieces[-1] += len(line)
             used += tokens
+            if len(pieces) > _MOST_PIECES:
+                raise refused
         return pieces
 
     def plan(
@@ -268,7 +270,7 @@ class Planner:
             alternatives=request.alternatives,
             causal_tokens=self._causal_tokens(gaps[0], layouts[0]) if is_alone else 0,
             lengths=self._lengths(gaps[0], layouts[0]) if is_alone and is_pinned else (),
-            most_steps=_most_steps(followed),
+            most_steps=_MOST_STEPS if noise_rows else _most_steps(followed),
             # A text that was shown and goes on to agree needs no second look.
             is_settled=shown is not None and followed is not None and followed.is_settled,
             shown=shown,
@@ -315,6 +317,13 @@ class Planner:
         texts: dict[str, float] = {}
         drafts: list[Draft] = []
         if target.draft is not None:
+            needed = self._tokens_of(target.draft, self._config.canvas_tokens)
+            if needed > self._config.canvas_tokens:
+                raise GapTooLong(
+                    f"the draft has {needed} tokens or more, "
+                    f"a canvas holds {self._config.canvas_tokens}",
+                    remedy="Give a shorter draft.",
+                )
             texts[target.draft] = 0.0
             drafts.append(self._draft(target.draft, stem))
         if followed is not None:
@@ -329,7 +338,8 @@ class Planner:
         if target.selection and not target.is_suspect:
             drafts += self._old_text(target.selection, stem)
         elif self._method.found_drafts:
-            others = [each.text for each in request.context] if self._method.reads_context else []
+            others = [each.text for each in request.context[:_SEARCHED_CONTEXTS]]
+            others = others if self._method.reads_context else []
             found = found_drafts(
                 before, after, kind, most=self._method.found_texts, elsewhere=others
             )
@@ -433,7 +443,9 @@ class Planner:
             return min(most, self._tokens_of(target.selection, most) * 5 // 4 + 16)
         text = request.text
         kind = gap_kind(text[: target.span.start][-1000:], text[target.span.end :][:1000])
-        return first_gap_tokens(kind, None, most, None, None)
+        expected = first_gap_tokens(kind, None, most, None, None)
+        drafted = self._tokens_of(target.draft, most) + _DRAFT_SPARE if target.draft else 0
+        return min(most, max(expected, request.min_tokens or 0, drafted))
 
     def _tokens_of(self, text: str, most: int) -> int:
         """Tokens of a text, or a number above `most` where it has more.

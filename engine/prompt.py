@@ -147,6 +147,7 @@ class FimLayout:
     def __init__(self, tokenizer: Tokenizer, controls: Controls) -> None:
         self._controls = controls
         self._packer = Packer(tokenizer)
+        self._longest_bytes = tokenizer.longest_bytes
         # A gap ends in fillers; an end of the text is pinned behind it, never written.
         self._banned = tuple(sorted(tokenizer.control_ids - {controls.filler}))
 
@@ -186,6 +187,9 @@ class FimLayout:
         first = line or parts.selection.partition("\n")[0]
         indent = first[: len(first) - len(first.lstrip())]
         comment = as_comment(unix(instruction).strip(), parts.language, parts.path, indent)
+        # A text that cannot be short enough is not tokenized: that would hold up everybody.
+        least = -(-len(comment.encode()) // self._longest_bytes)
+        refuse_long(range(least), budget_tokens)
         ids = self._packer.encode(comment)
         refuse_long(ids, budget_tokens)
         started, _ = self._packer.last_tokens(line, budget_tokens // 8)

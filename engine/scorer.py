@@ -30,7 +30,8 @@ def score(
         return [torch.empty(0) for _ in candidates]
     rows = [torch.tensor(candidate, device=model.device) for candidate in some]
     # The last token of each is predicted and predicts nothing.
-    read = iter(model.read([row[:-1] for row in rows if len(row) > 1], prefix.cache))
+    longer = [row[:-1] for row in rows if len(row) > 1]
+    read = iter(model.read(longer, prefix.cache) if longer else [])
     first = prefix.last_hidden[None]
     states = [torch.cat((first, next(read))) if len(row) > 1 else first for row in rows]
     logs = model.logits(torch.cat(states)).log_softmax(-1)

@@ -4,7 +4,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -14,8 +14,6 @@ from infilld.engine.errors import CheckpointMismatch, CheckpointMissing
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # SentencePiece writes a space as this sign.
 _SPACE_SIGN = "\u2581"
-# One stem is asked for with every keystroke of a word, and again by every hypothesis.
-_REMEMBERED_STEMS = 256
 
 
 class Tokenizer:
@@ -37,7 +35,6 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._byte_level = byte_level
-        self._remembered = lru_cache(_REMEMBERED_STEMS)(self._extending)
 
     @classmethod
     def from_folder(cls, folder: Path, model_vocab_tokens: int | None = None) -> "Tokenizer":
@@ -136,9 +133,6 @@ class Tokenizer:
 
         Control tokens have no bytes: they extend nothing, not even an empty stem.
         """
-        return self._remembered(stem)
-
-    def _extending(self, stem: str) -> Sequence[int]:
         spelled, ids = self._sorted
         start = stem.encode()
         first = bisect_left(spelled, start)

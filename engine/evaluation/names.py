@@ -45,7 +45,7 @@ SWITCHES = {
     "suffix_in_prompt": Switch(
         "the engine with the suffix in the prompt alone, nothing pinned", {"pins_suffix": False}
     ),
-    "heals": Switch("the engine, beginning a gap within a word with its token", {"heals": True}),
+    "no_healing": Switch("the engine, leaving an unfinished word as it is", {"heals": False}),
     "nothing_told": Switch(
         "the engine, its first pass not told what is given or drafted", {"tells_given": False}
     ),

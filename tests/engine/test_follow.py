@@ -35,15 +35,41 @@ def test_the_same_gap_again_is_known_whole() -> None:
     assert followed.shown == "None"
 
 
-def test_what_was_typed_to_its_end_leaves_no_text() -> None:
-    followed = memory("None", shown="None").follow("a.py", BEFORE + "None", AFTER)
+def test_what_was_typed_to_its_end_is_no_longer_known() -> None:
+    assert memory("None", shown="None").follow("a.py", BEFORE + "None", AFTER) is None
+    longer = memory("None", "None or 1", shown="None").follow("a.py", BEFORE + "None", AFTER)
+    assert longer is not None
+    assert (longer.texts, longer.shown) == ((" or 1",), None)
+
+
+def test_what_was_asked_otherwise_is_not_followed() -> None:
+    found = Memory()
+    for bound in (3, None):
+        state = State(
+            before=BEFORE,
+            after=AFTER,
+            texts=(str(bound),),
+            shown=None,
+            is_settled=True,
+            asked=(bound,),
+        )
+        found.keep("a.py", state)
+    assert found.follow("a.py", BEFORE, AFTER, (7,)) is None
+    followed = found.follow("a.py", BEFORE, AFTER, (None,))
     assert followed is not None
-    assert followed.texts == ("",)
+    assert followed.texts == ("None",)
+
+
+def test_huge_documents_are_not_kept() -> None:
+    found = Memory()
+    huge = "x" * 2_000_000
+    found.keep("a", State(before=huge, after="", texts=("a",), shown=None, is_settled=True))
+    assert found.follow("a", huge, "") is None
 
 
 @pytest.mark.parametrize(
     ("typed", "mended"),
-    [("other", ".items"), ("self.other", ""), ("sea", ".items"), ("self,", "items")],
+    [("other", ".items"), ("sea", ".items"), ("self,", "items")],
 )
 def test_a_contradicted_text_keeps_what_stands_behind(typed: str, mended: str) -> None:
     followed = memory("self.items").follow("a.py", BEFORE + typed, AFTER)
@@ -51,6 +77,10 @@ def test_a_contradicted_text_keeps_what_stands_behind(typed: str, mended: str) -
     assert followed.texts == ()
     assert followed.mended == mended
     assert not followed.is_settled
+
+
+def test_where_all_of_it_is_contradicted_nothing_is_left() -> None:
+    assert memory("self.items").follow("a.py", BEFORE + "self.other", AFTER) is None
 
 
 def test_deleted_text_stands_before_what_was_known() -> None:

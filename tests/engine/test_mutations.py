@@ -209,9 +209,9 @@ def encoder_window(by: int) -> Plant:
 def canvas_positions_start_at_zero(model: DiffusionGemma, patch: Patch) -> None:
     real = model._run
 
-    def run(x: Tensor, start: int, attend: Any, scalars: list[Tensor]) -> Tensor:
+    def run(x: Tensor, positions: Tensor, attend: Any, scalars: list[Tensor]) -> Tensor:
         decoding = scalars[0] is model.layers[0].get_buffer("layer_scalar")
-        return real(x, 0 if decoding else start, attend, scalars)
+        return real(x, positions - positions[0] if decoding else positions, attend, scalars)
 
     patch.setattr(model, "_run", run)
 

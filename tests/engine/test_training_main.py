@@ -15,7 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 # What the daemon, the bridge, the tests and the plot need.
 OTHERS = (
     *("rich", "fastapi", "starlette", "uvicorn", "pydantic", "httpx", "pygls", "lsprotocol"),
-    *("jinja2", "matplotlib", "transformers", "triton", "infilld.server", "infilld.lsp"),
+    *(
+        "jinja2",
+        "tree_sitter",
+        "matplotlib",
+        "transformers",
+        "triton",
+        "infilld.server",
+        "infilld.lsp",
+    ),
 )
 
 
