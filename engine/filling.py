@@ -150,13 +150,6 @@ class Filling:
         self._reader = DraftReader(self.tokenizer, self._filler, newlines)
         self._causal: list[Candidate] = []
         self._only_repeats = False
-        # Whether a row of the last canvas ended without a filler: it might go on.
-        self._is_open = False
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether nothing more is to be found out by refining what came out."""
-        return self.is_finished and not self._is_open
 
     def work(self) -> Work[list[GapResult]]:
         """Denoise, and judge what came out; one result for each target."""
@@ -299,7 +292,6 @@ class Filling:
         self.passes = max(self.passes, before + denoised.passes - (first is not None))
         self.canvas_tokens += layout.tokens * rows
         self.is_finished = self.is_finished and not self.watch.is_late()
-        self._is_open = False
         return denoised
 
     def _never_written(self) -> Sequence[int]:
@@ -354,7 +346,6 @@ class Filling:
             places = read_gap(tokens, self._filler)
             ended = next((at for at in places if tokens[at] in self._ends), None)
             row.is_open.append(len(places) == gap.tokens and ended is None)
-            self._is_open = self._is_open or row.is_open[-1]
             if ended is not None:
                 places = [at for at in places if at < ended]
             if not bool(denoised.converged[number]) and self.watch.is_late():

@@ -48,12 +48,14 @@ class Followed:
     Attributes:
         texts: that agree, the best first; may be empty texts.
         shown: what is left of the text that was shown, if it agrees.
+        is_best: the best of the texts is one of those that agree.
         mended: where nothing agrees, the rest of the best text, behind what was contradicted.
         is_settled: see `State`; nothing was contradicted.
     """
 
     texts: tuple[str, ...] = ()
     shown: str | None = None
+    is_best: bool = False
     mended: str | None = None
     is_settled: bool = False
 
@@ -131,6 +133,7 @@ def _typed(state: State, typed: str, closer: str) -> Followed | None:
         return Followed(
             texts=tuple(dict.fromkeys(texts)),
             shown=shown[0] if shown and shown[0] else None,
+            is_best=any(_rests(state.texts[:1], typed, closer)),
             is_settled=state.is_settled,
         )
     if not state.texts or closer or "\n" in typed:

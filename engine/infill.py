@@ -423,7 +423,7 @@ class Infiller:
             after=passage.after,
             texts=texts,
             shown=shown,
-            is_settled=run.is_settled,
+            is_settled=run.is_finished,
             asked=_asked(job.request),
         )
         self._memory.keep(document, state)

@@ -260,6 +260,7 @@ class Planner:
             # What is known, or found, takes the place of noise.
             noise_rows = 0
         shown = followed.shown if followed is not None and noise_rows == 0 else None
+        agrees = followed is not None and (shown is not None or followed.is_best)
         return CanvasPlan(
             passage=passage,
             prompt=prompt,
@@ -271,8 +272,8 @@ class Planner:
             causal_tokens=self._causal_tokens(gaps[0], layouts[0]) if is_alone else 0,
             lengths=self._lengths(gaps[0], layouts[0]) if is_alone and is_pinned else (),
             most_steps=_MOST_STEPS if noise_rows else _most_steps(followed),
-            # A text that was shown and goes on to agree needs no second look.
-            is_settled=shown is not None and followed is not None and followed.is_settled,
+            # What was shown, or was the best text, and goes on to agree needs no second look.
+            is_settled=agrees and followed is not None and followed.is_settled and not noise_rows,
             shown=shown,
         )
 
@@ -350,10 +351,11 @@ class Planner:
         is_old = bool(target.selection)
         low, high = request.min_tokens or 0, request.max_tokens or self._config.canvas_tokens
         candidates = [
-            Candidate(text, tokens, evidence=evidence)
+            Candidate(text, tuple(self._tokenizer.encode(stem + text)), evidence=evidence)
             for text, evidence in texts.items()
-            if low <= len(tokens := tuple(self._tokenizer.encode(stem + text))) <= high
+            if low <= len(self._tokenizer.encode(text)) <= high
         ]
+        high += bool(stem)
         return GapPlan(
             target=target,
             kind=kind,
@@ -374,11 +376,12 @@ class Planner:
         else:
             low, high = request.min_tokens, request.max_tokens
             first = first_gap_tokens(plan.kind, selected, room, low, high)
-        limit = request.max_tokens or room
+        # The stem is written again, which may take a token more than the fill by itself.
+        limit = room if request.max_tokens is None else request.max_tokens + bool(stem)
         # A filler behind the longest draft leaves room to lengthen it.
         longest = max((len(draft.tokens) + _DRAFT_SPARE for draft in plan.drafts), default=0)
         return Gap(
-            tokens=min(limit, room, max(first, longest)),
+            tokens=min(limit, room, max(first + bool(stem), longest)),
             limit_tokens=min(limit, room),
             min_tokens=request.min_tokens or 0,
             # Rewriting several lines may need several lines, whatever follows on the last one.

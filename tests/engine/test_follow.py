@@ -26,6 +26,10 @@ def test_texts_that_agree_are_left_in_order() -> None:
     assert followed.texts == ("items", "size")
     assert followed.shown == "items"
     assert followed.is_settled
+    assert followed.is_best
+    second = memory().follow("a.py", BEFORE + "N", AFTER)
+    assert second is not None
+    assert (second.texts, second.is_best) == (("one",), False)
 
 
 def test_the_same_gap_again_is_known_whole() -> None:

@@ -58,7 +58,8 @@ def test_typing_appends_to_the_prompt(engine: Infiller) -> None:
     engine.infill(request(warm=True))
     typed = TEXT[:GAP] + "a" + TEXT[GAP:]
     usage = engine.infill(request(GAP + 1, GAP + 1, typed, warm=True)).usage
-    assert usage.cached_tokens == usage.prompt_tokens - 1
+    # The unfinished word is read again with what is written.
+    assert usage.cached_tokens == usage.prompt_tokens
 
 
 def test_a_rewrite_ends_by_itself(engine: Infiller, monkeypatch: pytest.MonkeyPatch) -> None:
