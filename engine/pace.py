@@ -9,8 +9,12 @@ from infilld.engine.passes import Work
 T = TypeVar("T")
 
 # How much the last measurement counts.
-_NEWEST = 0.5
+_NEWEST = 0.3
 _EASED = 0.5
+# Another job may have its turn in between.
+_MARGIN = 1.25
+# What was measured so long ago may no longer hold.
+_STALE_S = 5.0
 
 
 class Pace:
@@ -19,17 +23,24 @@ class Pace:
     Attributes:
         piece_s: to encode a piece of a prompt. pass_s: for a pass over a canvas, with whatever
             shared it. closing_s: from the last pass to the answer.
+        measured_at: `time.monotonic()` reading of the last measurement.
     """
 
     def __init__(self) -> None:
         self.piece_s = self.pass_s = self.closing_s = 0.0
+        self.measured_at = time.monotonic()
 
     def needed_s(self, *, passes: int) -> float:
         """Seconds until an answer, with so many passes before it."""
-        return passes * self.pass_s + self.closing_s
+        return _MARGIN * (passes * self.pass_s + self.closing_s)
 
     def ease(self) -> None:
-        """Expect less: a request was given up for what was expected, and nothing was measured."""
+        """Expect less: a request was given up for what was expected, and nothing measured it.
+
+        While others are being measured, what is expected is kept.
+        """
+        if time.monotonic() - self.measured_at < _STALE_S:
+            return
         self.piece_s, self.pass_s, self.closing_s = (
             _EASED * each for each in (self.piece_s, self.pass_s, self.closing_s)
         )
@@ -43,6 +54,7 @@ class Pace:
             now = time.monotonic()
             if last is not None:
                 self.piece_s = _expected(self.piece_s, now - last)
+                self.measured_at = now
             last = now
             check()
 
@@ -63,7 +75,8 @@ class Pace:
                 wanted = work.send(logits)
         except StopIteration as end:
             result: T = end.value
-            self.closing_s = _expected(self.closing_s, time.monotonic() - closing)
+            self.measured_at = time.monotonic()
+            self.closing_s = _expected(self.closing_s, self.measured_at - closing)
             return result
 
 

@@ -466,6 +466,7 @@ def test_a_late_rewrite_is_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch) 
 def test_what_was_slow_once_does_not_silence_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Pace()
     slow.pass_s = 20.0
+    slow.measured_at -= 60
     monkeypatch.setattr(ENGINE, "pace", slow)
     results = [ENGINE.infill(request(), Hooks(deadline_at=time.monotonic() + 5)) for _ in range(20)]
     assert results[0].reason == "deadline"
