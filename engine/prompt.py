@@ -219,14 +219,3 @@ def refuse_long(instruction: Sequence[int], budget_tokens: int) -> None:
             f"the instruction needs {len(instruction)} tokens, {room} fit",
             remedy="Shorten the instruction.",
         )
-
-
-def infill_prompt(
-    tokenizer: Tokenizer, controls: Controls, prefix: str, suffix: str, budget_tokens: int
-) -> InfillPrompt:
-    """The prompt for a span between prefix and suffix, in at most `budget_tokens`.
-
-    Far text is left out: the end of the suffix and the start of the prefix.
-    """
-    parts = PromptParts(prefix=prefix, suffix=suffix)
-    return FimLayout(tokenizer, controls).write(parts, budget_tokens)

@@ -10,7 +10,7 @@ from typing import Any
 from infilld.engine.evaluation.contenders import Answer
 from infilld.engine.evaluation.items import Item
 from infilld.engine.evaluation.sandbox import Outcome
-from infilld.engine.syntax import parses
+from infilld.engine.silence.python import parses
 
 # Standard deviations that hold 95 % of a normal distribution.
 _Z = 1.959964

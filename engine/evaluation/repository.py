@@ -82,7 +82,7 @@ def own_repository() -> Repository | None:
     pairs = [
         ("server/document.py", "tests/server/test_document.py"),
         ("server/files.py", "tests/server/test_files.py"),
-        ("engine/syntax.py", "tests/engine/test_syntax.py"),
+        ("engine/silence/python.py", "tests/engine/test_silence_python.py"),
         ("engine/training/corpus.py", "tests/engine/test_training_corpus.py"),
         ("lsp/documents.py", "tests/lsp/test_documents.py"),
         ("lsp/gap.py", "tests/lsp/test_gap.py"),

@@ -32,7 +32,7 @@ from infilld.engine.evaluation.repository import (
 )
 from infilld.engine.evaluation.sandbox import TIMEOUT_S, Outcome, run_tests
 from infilld.engine.infill import Infiller
-from infilld.engine.syntax import parses
+from infilld.engine.silence.python import parses
 from infilld.engine.worker import load_infiller
 
 Say = Callable[[str], None]

@@ -10,7 +10,7 @@ from tiny_tokenizers import fim_tokenizer, pieces
 from infilld.engine.comments import as_comment
 from infilld.engine.errors import ContextTooLong, Unsupported
 from infilld.engine.packing import window_start
-from infilld.engine.prompt import Controls, FimLayout, InfillPrompt, PromptParts, infill_prompt
+from infilld.engine.prompt import Controls, FimLayout, InfillPrompt, PromptParts
 from infilld.engine.request import Context
 
 TOKENIZER = fim_tokenizer(words=("line ", "document\n", "return"))
@@ -18,9 +18,14 @@ CONTROLS = Controls.of(TOKENIZER)
 LINES = "".join(f"line {n} of a long document\n" for n in range(400))
 
 
+def infill_prompt(prefix: str, suffix: str, budget: int) -> InfillPrompt:
+    assert CONTROLS is not None
+    return FimLayout(TOKENIZER, CONTROLS).write(PromptParts(prefix=prefix, suffix=suffix), budget)
+
+
 def test_the_suffix_comes_first_and_the_prefix_last() -> None:
     assert CONTROLS is not None
-    prompt = infill_prompt(TOKENIZER, CONTROLS, "ab", "yz", 64)
+    prompt = infill_prompt("ab", "yz", 64)
     text = TOKENIZER.encode
     assert prompt.ids == (
         CONTROLS.bos,
@@ -35,7 +40,7 @@ def test_the_suffix_comes_first_and_the_prefix_last() -> None:
 @pytest.mark.parametrize("budget", [8, 33, 200, 1000])
 def test_the_budget_holds_and_the_near_text_stays(budget: int) -> None:
     assert CONTROLS is not None
-    prompt = infill_prompt(TOKENIZER, CONTROLS, LINES, LINES, budget)
+    prompt = infill_prompt(LINES, LINES, budget)
     assert len(prompt.ids) <= budget
     assert prompt.suffix_is_cut
     kept = TOKENIZER.text(prompt.ids[prompt.ids.index(CONTROLS.prefix_mark) :])
@@ -55,7 +60,7 @@ def test_the_window_moves_in_hops() -> None:
 
 def test_text_without_lines_is_cut_all_the_same() -> None:
     assert CONTROLS is not None
-    prompt = infill_prompt(TOKENIZER, CONTROLS, "x" * 10_000, "", 100)
+    prompt = infill_prompt("x" * 10_000, "", 100)
     assert len(prompt.ids) <= 100
 
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from infilld.engine.syntax import Surroundings, is_python, parses
+from infilld.engine.silence.python import PythonText, parses
 
 
 @pytest.mark.parametrize(
@@ -36,25 +36,16 @@ from infilld.engine.syntax import Surroundings, is_python, parses
     ],
 )
 def test_what_breaks_a_document(prefix: str, fill: str, suffix: str, broken: bool) -> None:
-    assert Surroundings(prefix, suffix).are_broken_by(fill) is broken
-
-
-def test_other_languages_are_not_judged() -> None:
-    assert not Surroundings("", "", is_python=False).are_broken_by("((")
-    assert is_python(None, None)
-    assert is_python("a/b.py", None)
-    assert is_python("b.js", "Python")
-    assert not is_python("a/b.js", None)
-    assert not is_python("a/b.py", "javascript")
+    assert PythonText(prefix, suffix).is_broken_by(fill) is broken
 
 
 def test_a_long_document_is_judged_in_bounded_time() -> None:
-    surroundings = Surroundings("x = 1\n" * 16_000 + "y = ", "\n")
+    text = PythonText("x = 1\n" * 16_000 + "y = ", "\n")
     started = time.monotonic()
-    assert surroundings.are_broken_by("((")
+    assert text.is_broken_by("((")
     assert time.monotonic() - started < 5
     started = time.monotonic()
-    assert Surroundings("x = 1\n" * 200_000, "\n").are_broken_by("((")
+    assert PythonText("x = 1\n" * 200_000, "\n").is_broken_by("((")
     assert time.monotonic() - started < 1
 
 
