@@ -47,7 +47,6 @@ _SHORTER = 2
 # What was shown stays while it is about as good as the best: text must not flicker while one types.
 _STAYS = 0.8
 
-
 _UNCALIBRATED = Calibration(weights={}, bias=0.0, show_above=0.0)
 
 
@@ -67,7 +66,6 @@ class GapResult:
     Attributes:
         choices: the best first; none: `reason` and `why` say why.
         texts: every text that was judged, the best first.
-        is_sure_of_nothing: that nothing is missing here is the likeliest.
     """
 
     choices: tuple[Choice, ...]
@@ -96,10 +94,9 @@ class Watch:
 
 @dataclass
 class _Row:
-    """What a hypothesis wrote into each gap: text, tokens, and whether the gap was full."""
+    """What a hypothesis wrote into each gap: text, and whether the gap was full."""
 
     texts: list[str]
-    tokens: list[list[int]]
     is_open: list[bool]
 
 
@@ -340,7 +337,7 @@ class Filling:
         return [self._row(denoised, row, layout) for row in range(len(denoised.tokens))]
 
     def _row(self, denoised: Denoised, number: int, layout: CanvasLayout) -> _Row:
-        row = _Row([], [], [])
+        row = _Row([], [])
         for gap, plan, place in zip(layout.gaps, self.plan.gaps, layout.slices, strict=True):
             tokens: list[int] = denoised.tokens[number, place].tolist()
             places = read_gap(tokens, self._filler)
@@ -356,7 +353,6 @@ class Filling:
                 is_old = bool(plan.target.selection)
                 places = [] if is_old else [at for at in places if at < end]
             kept = [tokens[at] for at in places]
-            row.tokens.append(kept)
             text = self._text(kept, gap.stem) or ""
             row.texts.append(self._ended(text, plan, is_ended=ended is not None))
         return row
