@@ -16,8 +16,9 @@ LAYERS = ("kernels", "engine", "server", "lsp")
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "kernels/_launch.py": set(),
-    "kernels/gpu": {"kernels.gpu", "kernels._launch"},
-    "kernels/reference": {"kernels.reference"},
+    "kernels/_weights.py": set(),
+    "kernels/gpu": {"kernels.gpu", "kernels._launch", "kernels._weights", "kernels._tiles"},
+    "kernels/reference": {"kernels.reference", "kernels._weights", "kernels._tiles"},
     "engine": {"engine", "kernels"},
     "server": {"server", "engine"},
     "server/wire.py": {"server.wire"},
