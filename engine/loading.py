@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from infilld.engine.checkpoints.loading import load_model
 from infilld.engine.config import ModelConfig, SamplerConfig
 from infilld.engine.errors import CheckpointMismatch, NotEnoughMemory, UnsupportedDevice
 from infilld.engine.infill import Infiller
@@ -13,7 +14,6 @@ from infilld.engine.layout import layout_of
 from infilld.engine.prompt import Controls, PromptLayout
 from infilld.engine.ranking import Calibration
 from infilld.engine.tokenizer import Tokenizer
-from infilld.engine.weights import load_model
 from infilld.kernels._launch import KernelUnavailable, require_triton
 
 

@@ -59,7 +59,7 @@ def inspect(folder: Path, device: str) -> dict[str, object]:
     Raises:
         ModelError: it cannot be read, or the device cannot be used.
     """
-    from infilld.engine.weights import inspect_checkpoint
+    from infilld.engine.checkpoints.loading import inspect_checkpoint
     from infilld.engine.worker import pick_device
 
     found, chosen = inspect_checkpoint(folder), pick_device(device)

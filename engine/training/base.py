@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from infilld.engine.checkpoints.loading import CheckpointSummary, inspect_checkpoint, load_model
 from infilld.engine.config import ModelConfig, read_json
 from infilld.engine.errors import RequestError, Unsupported
 from infilld.engine.model import DiffusionGemma
@@ -17,7 +18,6 @@ from infilld.engine.prompt import Controls
 from infilld.engine.ranking import CALIBRATION, Calibration
 from infilld.engine.tokenizer import Tokenizer
 from infilld.engine.training.recipe import TrainOptions
-from infilld.engine.weights import CheckpointSummary, inspect_checkpoint, load_model
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
+from infilld.engine.checkpoints.loading import inspect_checkpoint
 from infilld.engine.training.base import Base
 from infilld.engine.training.corpus import Corpus, Package
 from infilld.engine.training.recipe import TrainOptions
 from infilld.engine.training.report import is_comparison, rows
 from infilld.engine.training.trainer import Progress
-from infilld.engine.weights import inspect_checkpoint
 from infilld.engine.worker import pick_device
 
 CARD = "MODEL_CARD.md"

@@ -5,9 +5,9 @@ import torch
 from parity import LOGIT_CEILING, distance, encoded, random_belief, random_canvas
 from tiny_model import ROUTED, TAME, WIDE_HEADS, WILD, changeable, ours, random_tokens, reference
 
+from infilld.engine.checkpoints.loading import load_model
 from infilld.engine.config import Rope
 from infilld.engine.layers import DENSE_EXPERTS, Experts, Rotation, gelu, rms_norm, rotate
-from infilld.engine.weights import load_model
 
 
 class TestRotary:

@@ -28,7 +28,7 @@ from tiny_model import (
     reference,
 )
 
-from infilld.engine.weights import load_model
+from infilld.engine.checkpoints.loading import load_model
 
 W, L = WILD.window, WILD.canvas_tokens
 PREFIXES = (1, W - 2, W - 1, W, W + 1, 2 * W + 3)

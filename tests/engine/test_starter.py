@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from infilld.engine.checkpoints.loading import inspect_checkpoint
 from infilld.engine.config import ModelConfig, SamplerConfig
 from infilld.engine.infill import Infiller
 from infilld.engine.request import InfillRequest, Span
 from infilld.engine.training.corpus import HELD_OUT
-from infilld.engine.weights import inspect_checkpoint
 from infilld.engine.worker import load_infiller, starter_folder
 
 STARTER = starter_folder()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_infill import tiny_config, tiny_model
 
+from infilld.engine.checkpoints.loading import load_model
 from infilld.engine.errors import CheckpointMismatch, CheckpointMissing, RequestError, Unsupported
 from infilld.engine.training import base as bases
 from infilld.engine.training import run
@@ -17,7 +18,6 @@ from infilld.engine.training.examples import ExampleShape
 from infilld.engine.training.export import export_model
 from infilld.engine.training.recipe import RECIPES, Phase, TrainOptions, adapting
 from infilld.engine.training.vocabulary import save_vocabulary, train_vocabulary
-from infilld.engine.weights import load_model
 from infilld.engine.worker import starter_folder
 
 VOCAB_TOKENS = 300

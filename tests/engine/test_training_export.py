@@ -9,11 +9,11 @@ from tiny_infill import tiny_config, tiny_model
 from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion, DynamicCache
 from transformers.utils import logging as transformers_logging
 
+from infilld.engine.checkpoints.loading import inspect_checkpoint, load_model
 from infilld.engine.config import SamplerConfig
 from infilld.engine.tokenizer import Tokenizer
 from infilld.engine.training.export import export_model
 from infilld.engine.training.vocabulary import CONTROLS, save_vocabulary, train_vocabulary
-from infilld.engine.weights import inspect_checkpoint, load_model
 from infilld.engine.worker import starter_folder
 
 STARTER = starter_folder()

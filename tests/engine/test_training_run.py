@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_infill import byte_tokenizer
 
+from infilld.engine.checkpoints.loading import load_model
 from infilld.engine.errors import RequestError
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prompt import Controls
@@ -17,7 +18,6 @@ from infilld.engine.training.examples import ExampleBuilder, ExampleShape
 from infilld.engine.training.recipe import RECIPES, Phase, Recipe, TrainOptions
 from infilld.engine.training.trainer import Trainer
 from infilld.engine.training.wiring import initialise
-from infilld.engine.weights import load_model
 
 SHAPE = ExampleShape(sequences=2, encoder_tokens=96, canvases=3, gap_tokens=24, suffix_tokens=12)
 TOY = dataclasses.replace(

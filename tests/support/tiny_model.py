@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infilld.engine.checkpoints.loading import load_model
 from infilld.engine.model import DiffusionGemma
-from infilld.engine.weights import load_model
 
 # Tensors this small gain nothing from a second thread, and lose to whatever else is running.
 torch.set_num_threads(1)

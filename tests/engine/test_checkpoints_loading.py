@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny_model import ALL_TWO, TAME, WIDE_HEADS, checkpoint, edit_config, ours
 from torch import Tensor
 
+from infilld.engine.checkpoints.loading import inspect_checkpoint, load_model
 from infilld.engine.errors import CheckpointMismatch, CheckpointMissing
-from infilld.engine.weights import inspect_checkpoint, load_model
 
 Tensors = dict[str, Tensor]
 SHARD_INDEX = "model.safetensors.index.json"
