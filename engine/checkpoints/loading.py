@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from infilld.engine.checkpoints.weights import CheckpointSummary
 from infilld.engine.config import ModelConfig, read_json
 from infilld.engine.errors import CheckpointMismatch, CheckpointMissing
 from infilld.engine.layers import Rotation
@@ -26,26 +26,6 @@ _ENCODER_SCALAR = "model.encoder.language_model.layers.{}.layer_scalar"
 _VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 _HEAD = "lm_head.weight"
 _SHOWN = 3
-
-
-@dataclass(frozen=True)
-class CheckpointSummary:
-    """What a folder holds.
-
-    Attributes:
-        config: shapes.
-        files: safetensors files, in reading order.
-        parameters: numbers in text tensors. text_bytes: their bytes as stored.
-        vision_tensors: how many are skipped, since only text is read.
-        dtypes: stored types of the text tensors, sorted.
-    """
-
-    config: ModelConfig
-    files: tuple[Path, ...]
-    parameters: int
-    text_bytes: int
-    vision_tensors: int
-    dtypes: tuple[str, ...]
 
 
 def load_model(

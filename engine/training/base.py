@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from infilld.engine.checkpoints.loading import CheckpointSummary, inspect_checkpoint, load_model
+from infilld.engine.checkpoints.loading import inspect_checkpoint, load_model
+from infilld.engine.checkpoints.weights import CheckpointSummary
 from infilld.engine.config import ModelConfig, read_json
 from infilld.engine.errors import RequestError, Unsupported
 from infilld.engine.model import DiffusionGemma
