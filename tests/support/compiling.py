@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,14 @@ class Compiled:
 
     Attributes:
         registers: per thread. spill_bytes: local memory per thread, 0 without spills.
-        shared_bytes: dynamic shared memory. ptx: its text.
+        shared_bytes: dynamic shared memory. ptx: its text. sass: the machine code's text.
     """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     ptx: str
+    sass: str
 
 
 def compile_kernel(
@@ -41,8 +43,12 @@ def compile_kernel(
     capability: int,
     warps: int,
     aligned: tuple[str, ...] = (),
+    stages: int | None = None,
 ) -> Compiled:
-    """Compile a `triton.jit` function; `aligned` arguments are divisible by 16."""
+    """Compile a `triton.jit` function; `aligned` arguments are divisible by 16.
+
+    `stages` of a pipelined loop; None: Triton's own number.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -54,26 +60,46 @@ def compile_kernel(
         constexprs=constants,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    done = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
-    )
-    usage = _resource_usage(Path(triton.__file__).parent, done.asm["cubin"])
+    options = {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
+    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    usage = _resource_usage(_read(tools / "cuobjdump", "-res-usage", done.asm["cubin"]))
     return Compiled(
         registers=usage["REG"],
         spill_bytes=usage["LOCAL"] + usage["STACK"],
         shared_bytes=done.metadata.shared,
         ptx=done.asm["ptx"],
+        sass=_read(tools / "nvdisasm", "-c", done.asm["cubin"]),
     )
 
 
-def _resource_usage(package: Path, cubin: bytes) -> dict[str, int]:
-    import tempfile
+def loops(sass: str) -> list[list[str]]:
+    """Opcodes of each loop of a kernel: what lies between a label and a branch back to it."""
+    labels: dict[str, int] = {}
+    opcodes: list[str] = []
+    found: list[list[str]] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(opcodes)
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            opcodes.append(code[1])
+            target = re.search(r"\.L_x_\d+", code[2]) if code[1].startswith("BRA") else None
+            start = labels.get(target[0]) if target else None
+            # A program ends in an endless branch to itself, which is no loop.
+            if start is not None and start < len(opcodes) - 1:
+                found.append(opcodes[start:])
+    return found
 
-    tool = package / "backends/nvidia/bin/cuobjdump"
+
+def _read(tool: Path, option: str, cubin: bytes) -> str:
+    """What a tool of CUDA says of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        out = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        return subprocess.run(
+            [tool, option, file.name], capture_output=True, text=True, check=True
         ).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", out)}
+
+
+def _resource_usage(text: str) -> dict[str, int]:
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}

@@ -4,6 +4,7 @@ TRITON_INTERPRET has to be set before Triton is imported and changes it for good
 a test module go to one child together.
 """
 
+import dataclasses
 import importlib
 import os
 import subprocess
@@ -20,7 +21,8 @@ Call = dict[str, Any]
 def run_gpu(operation: str, calls: Sequence[Call], folder: Path) -> list[Any]:
     """Results of `infilld.kernels.<operation>` with impl="gpu", one per call, on the CPU.
 
-    On a CUDA device where there is one, else interpreted. An exception is a result too.
+    On a CUDA device where there is one, else interpreted. Tensors may stand in tuples, lists,
+    dictionaries and dataclasses, in arguments and results. An exception is a result too.
     """
     if torch.cuda.is_available():
         return _run(operation, calls, "cuda")
@@ -45,12 +47,24 @@ def _run(operation: str, calls: Sequence[Call], device: str) -> list[Any]:
         except Exception as error:
             results.append(error)
         else:
-            results.append(tuple(_to(value, "cpu") for value in out))
+            results.append(_to(out, "cpu"))
     return results
 
 
 def _to(value: Any, device: str) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    """The same value with every tensor in it on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **_to(fields, device))
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_to(item, device) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_to(item, device) for item in value)
+    return value
 
 
 if __name__ == "__main__":
