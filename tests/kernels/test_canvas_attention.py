@@ -1,0 +1,204 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from infilld.kernels.canvas_attention import canvas_attention
+
+NAN = float("nan")
+
+
+def make(
+    *,
+    ranges: list[tuple[int, int, int, int]],
+    tokens: int,
+    heads: int = 4,
+    key_heads: int = 2,
+    size: int = 16,
+    capacity: int = 24,
+    dtype: torch.dtype = torch.float32,
+    past_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Arguments for rows of (slot, first, count, length); whatever they do not cover is NaN."""
+    draw = torch.Generator().manual_seed(seed)
+    rows, slabs = len(ranges), 3
+    q, k, v = (
+        torch.randn(rows, tokens, number, size, generator=draw)
+        for number in (heads, key_heads, key_heads)
+    )
+    # Scores of about the size that normed queries and keys have: not all one, not all alike.
+    q *= 3 / size**0.5
+    pasts = [torch.full((slabs, key_heads, capacity, size), NAN) for _ in range(2)]
+    for slot, first, count, _ in ranges:
+        for past in pasts:
+            at = past[slot, :, first : first + count]
+            at.copy_(torch.randn(at.shape, generator=draw))
+    for row, (_, _, _, length) in enumerate(ranges):
+        for own in (q, k, v):
+            own[row, length:] = NAN
+    slots, first, count, lengths = (
+        torch.tensor(column, dtype=torch.int32) for column in zip(*ranges, strict=True)
+    )
+    return {
+        "q": q.to(dtype),
+        "k": k.to(dtype),
+        "v": v.to(dtype),
+        "past_keys": pasts[0].to(past_dtype or dtype),
+        "past_values": pasts[1].to(past_dtype or dtype),
+        "slots": slots,
+        "first": first,
+        "count": count,
+        "lengths": lengths,
+    }
+
+
+def widened(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: t.double() if t.is_floating_point() else t for name, t in call.items()}
+
+
+def run(call: dict[str, Any]) -> Tensor:
+    return canvas_attention(**call, impl="reference")
+
+
+def by_hand(call: dict[str, Any]) -> Tensor:
+    """The definition again, one query head at a time, in float64."""
+    call = widened(call)
+    q, k, v = call["q"], call["k"], call["v"]
+    rows, tokens, heads, size = q.shape
+    group = heads // k.shape[2]
+    out = torch.zeros(rows, tokens, heads, size, dtype=torch.float64)
+    for row in range(rows):
+        slot, first, count, length = (
+            int(call[name][row]) for name in ("slots", "first", "count", "lengths")
+        )
+        for head in range(heads):
+            at = (slot, head // group, slice(first, first + count))
+            keys = torch.cat((call["past_keys"][at], k[row, :length, head // group]))
+            values = torch.cat((call["past_values"][at], v[row, :length, head // group]))
+            scores = q[row, :length, head] @ keys.T
+            out[row, :length, head] = scores.softmax(-1) @ values
+    return out.flatten(2)
+
+
+# (slot, first, count, length) of each row
+SPANS = {
+    "one-position": ([(0, 0, 0, 1)], 1),
+    "no-past": ([(0, 0, 0, 5), (1, 0, 0, 5)], 5),
+    "rows-alike": ([(1, 2, 7, 6)] * 4, 6),
+    "rows-differ": ([(2, 0, 24, 7), (0, 5, 3, 2), (1, 23, 1, 1), (0, 0, 0, 3)], 7),
+    "rows-mixed": ([(0, 1, 4, 5), (1, 0, 9, 5), (0, 1, 4, 5), (0, 1, 4, 4)], 5),
+    "empty-row": ([(0, 0, 6, 0), (0, 0, 6, 3)], 3),
+    "odd": ([(2, 3, 11, 13)], 13),
+}
+
+
+class TestReference:
+    """The definition does what its docstring says."""
+
+    @pytest.mark.parametrize("name", SPANS)
+    def test_is_a_softmax_over_past_and_canvas(self, name: str) -> None:
+        ranges, tokens = SPANS[name]
+        call = make(ranges=ranges, tokens=tokens)
+        assert (run(widened(call)) - by_hand(call)).abs().max() < 1e-12
+        assert (run(call) - by_hand(call)).abs().max() < 1e-5
+
+    @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (6, 2), (4, 4)], ids=str)
+    def test_query_heads_share_a_key_head(self, heads: tuple[int, int]) -> None:
+        call = make(ranges=[(0, 0, 5, 4)], tokens=4, heads=heads[0], key_heads=heads[1])
+        assert (run(call) - by_hand(call)).abs().max() < 1e-5
+
+    def test_positions_past_the_length_are_zero(self) -> None:
+        found = run(make(ranges=[(0, 0, 3, 2), (0, 0, 3, 0)], tokens=4))
+        assert (found[0, 2:] == 0).all()
+        assert (found[1] == 0).all()
+        assert (found[0, :2] != 0).any()
+
+    def test_type_of_the_queries_is_kept(self) -> None:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            assert run(make(ranges=[(0, 0, 3, 2)], tokens=2, dtype=dtype)).dtype == dtype
+
+    def test_bfloat16_is_rounded_once(self) -> None:
+        call = make(ranges=[(0, 0, 20, 9)], tokens=9, dtype=torch.bfloat16)
+        assert torch.equal(run(call), by_hand(call).float().bfloat16())
+
+    def test_float8_past_is_taken_as_it_is(self) -> None:
+        call = make(ranges=[(0, 4, 20, 9)], tokens=9, past_dtype=torch.float8_e4m3fn)
+        assert (run(call) - by_hand(call)).abs().max() < 1e-5
+
+    def test_rows_are_independent(self) -> None:
+        ranges = [(0, 1, 4, 5), (1, 0, 9, 5), (0, 1, 4, 3)]
+        call = make(ranges=ranges, tokens=5)
+        order = torch.tensor([2, 0, 1])
+        per_row = ("q", "k", "v", "slots", "first", "count", "lengths")
+        shuffled = call | {name: call[name][order] for name in per_row}
+        assert torch.equal(run(shuffled), run(call)[order])
+
+    def test_padding_changes_nothing(self) -> None:
+        call = make(ranges=[(0, 1, 4, 3)] * 2, tokens=8)
+        shorter = call | {name: call[name][:, :3] for name in ("q", "k", "v")}
+        assert (run(shorter) - run(call)[:, :3]).abs().max() < 1e-6
+
+    def test_arguments_are_not_changed(self) -> None:
+        call = make(ranges=[(0, 1, 4, 3)], tokens=5)
+        before = {name: tensor.clone() for name, tensor in call.items()}
+        run(call)
+        assert all(torch.equal(t.nan_to_num(), before[n].nan_to_num()) for n, t in call.items())
+
+    @pytest.mark.parametrize("shape", [(0, 4), (2, 0)], ids=str)
+    def test_empty(self, shape: tuple[int, int]) -> None:
+        rows, tokens = shape
+        call = make(ranges=[(0, 0, 0, 0)] * max(rows, 1), tokens=tokens)
+        per_row = ("q", "k", "v", "slots", "first", "count", "lengths")
+        found = run(call | {name: call[name][:rows] for name in per_row})
+        assert found.shape == (rows, tokens, 64)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("ranges", "message"),
+        [
+            ((3, 0, 4, 2), "slot 3, there are 3 slots of 24"),
+            ((-1, 0, 4, 2), "slot -1"),
+            ((0, 21, 4, 2), r"positions \[21, 25\)"),
+            ((0, -1, 4, 2), r"positions \[-1, 3\)"),
+            ((0, 0, 4, 6), "a canvas of 6 positions, expected 0 to 5"),
+        ],
+    )
+    def test_values_out_of_range(self, ranges: tuple[int, ...], message: str) -> None:
+        call = make(ranges=[(0, 0, 4, 2)], tokens=5)
+        names = ("slots", "first", "count", "lengths")
+        changed = {
+            name: torch.tensor([value], dtype=torch.int32)
+            for name, value in zip(names, ranges, strict=True)
+        }
+        with pytest.raises(ValueError, match=message):
+            run(call | changed)
+
+    @pytest.mark.parametrize(
+        ("name", "change", "message"),
+        [
+            ("q", lambda t: t[0], r"expected q \[R, L, H, A\]"),
+            ("q", lambda t: t[:, :, :3], "3 query heads do not divide among 2 key heads"),
+            ("k", lambda t: t[:, 1:], r"k is \[1, 4, 2, 16\], expected \[1, 5, 2, 16\]"),
+            ("v", lambda t: t.double(), "v is torch.float64, expected one of float32"),
+            ("past_keys", lambda t: t[:, :1], "past_keys is"),
+            ("past_values", lambda t: t[:, :, 1:], "past_values is"),
+            ("past_values", lambda t: t.half(), "past_values is torch.float16"),
+            ("count", lambda t: t.long(), "count is torch.int64, expected one of int32"),
+            ("lengths", lambda t: t[:0], r"lengths is \[0\], expected \[1\]"),
+            ("slots", lambda t: t.to("meta"), "slots is on meta, expected cpu"),
+        ],
+    )
+    def test_tensors(self, name: str, change: Any, message: str) -> None:
+        call = make(ranges=[(0, 0, 4, 2)], tokens=5)
+        with pytest.raises(ValueError, match=message):
+            run(call | {name: change(call[name])})
+
+    def test_unknown_implementation(self) -> None:
+        with pytest.raises(ValueError, match="expected 'gpu' or 'reference'"):
+            canvas_attention(
+                **make(ranges=[(0, 0, 4, 2)], tokens=5),
+                impl="cuda",  # type: ignore[arg-type]
+            )

@@ -1,0 +1,113 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from infilld.engine.layers import rms_norm
+from infilld.kernels.feed_forward_residual import LayerOutput, feed_forward_residual
+
+EPS = 1e-6
+
+
+def make(
+    *, tokens: int, width: int, chosen: int = 3, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(seed)
+    names = ("dense_weight", "expert_weight", "after_weight", "next_weight")
+    weights = {name: (1 + torch.randn(width, generator=draw) / 4).to(dtype) for name in names}
+    routes = tokens * chosen
+    return {
+        "residual": (torch.randn(tokens, width, generator=draw) * 3).to(dtype),
+        "dense": (torch.randn(tokens, width, generator=draw) * 7).to(dtype),
+        "expert_rows": torch.randn(routes, width, generator=draw).to(dtype),
+        "place": torch.randperm(routes, generator=draw).to(torch.int32),
+        **weights,
+        "scalar": torch.tensor([0.7]).to(dtype),
+        "eps": EPS,
+    }
+
+
+def run(call: dict[str, Any]) -> LayerOutput:
+    return feed_forward_residual(**call, impl="reference")
+
+
+def by_layers(call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What the engine's layers compute, once the experts' rows are there."""
+    tokens = len(call["residual"])
+    routed = torch.zeros_like(call["residual"])
+    for token, places in enumerate(call["place"].view(tokens, -1).tolist()):
+        for place in places:
+            routed[token] += call["expert_rows"][place]
+    total = rms_norm(call["dense"], call["dense_weight"], EPS)
+    total = total + rms_norm(routed, call["expert_weight"], EPS)
+    x = (call["residual"] + rms_norm(total, call["after_weight"], EPS)) * call["scalar"]
+    return x, rms_norm(x, call["next_weight"], EPS)
+
+
+class TestReference:
+    """The definition is what the layers compute."""
+
+    @pytest.mark.parametrize(
+        ("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-6)], ids=str
+    )
+    @pytest.mark.parametrize(("tokens", "width", "chosen"), [(1, 1, 1), (5, 48, 8), (3, 67, 2)])
+    def test_equals_the_layers(
+        self, tokens: int, width: int, chosen: int, dtype: torch.dtype, bound: float
+    ) -> None:
+        call = make(tokens=tokens, width=width, chosen=chosen, dtype=dtype)
+        for found, expected in zip(run(call), by_layers(call), strict=True):
+            assert found.dtype == dtype
+            assert (found - expected).abs().max() < bound
+
+    def test_bfloat16_is_rounded_at_the_end(self) -> None:
+        call = make(tokens=5, width=48, dtype=torch.bfloat16)
+        wide = {
+            n: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t
+            for n, t in call.items()
+        }
+        for found, exact in zip(run(call), run(wide), strict=True):
+            assert torch.equal(found, exact.bfloat16())
+
+    def test_rows_are_found_by_place(self) -> None:
+        call = make(tokens=4, width=16)
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+        moved = call | {
+            "expert_rows": call["expert_rows"][order],
+            "place": order.argsort()[call["place"].long()].to(torch.int32),
+        }
+        assert all(torch.equal(a, b) for a, b in zip(run(moved), run(call), strict=True))
+
+    def test_scalar_multiplies_the_state(self) -> None:
+        call = make(tokens=4, width=16)
+        once, twice = run(call), run(call | {"scalar": call["scalar"] * 2})
+        assert torch.equal(twice.x, once.x * 2)
+        assert torch.allclose(twice.normed, once.normed, atol=1e-5)
+
+    def test_empty(self) -> None:
+        assert [each.shape for each in run(make(tokens=0, width=8))] == [(0, 8)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("residual", lambda t: t[0], r"residual is \[8\], expected \[T, D\]"),
+        ("dense", lambda t: t[1:], r"dense is \[1, 8\], expected \[2, 8\]"),
+        ("dense", lambda t: t.bfloat16(), "dense is torch.bfloat16"),
+        ("expert_rows", lambda t: t[1:], r"expert_rows is \[5, 8\], expected \[6, 8\]"),
+        ("place", lambda t: t[1:], "place has 5 routes for 2 tokens, expected k for each"),
+        ("place", lambda t: t[:0], "place has 0 routes for 2 tokens"),
+        ("place", lambda t: t.long(), "place is torch.int64"),
+        ("next_weight", lambda t: t[1:], r"next_weight is \[7\], expected \[8\]"),
+        ("scalar", lambda t: t[0], r"scalar is \[\], expected \[1\]"),
+    ],
+)
+def test_refuses(name: str, change: Any, message: str) -> None:
+    call = make(tokens=2, width=8)
+    with pytest.raises(ValueError, match=message):
+        run(call | {name: change(call[name])})
+
+
+def test_unknown_implementation() -> None:
+    with pytest.raises(ValueError, match="expected 'gpu' or 'reference'"):
+        feed_forward_residual(**make(tokens=2, width=8), impl="cuda")  # type: ignore[arg-type]
