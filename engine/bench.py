@@ -13,6 +13,8 @@ import torch
 
 from infilld.engine.infill import Infiller
 from infilld.engine.load import format_load, run_load
+from infilld.engine.passes import CanvasPass
+from infilld.engine.reading import Ask
 from infilld.engine.request import InfillRequest, Span
 from infilld.engine.worker import load_infiller
 
@@ -51,7 +53,7 @@ def run_bench(
     load_ms = 1e3 * (time.perf_counter() - started)
     return {
         "model": str(folder.name),
-        "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "parameters": engine.model.parameter_count,
         "machine": machine_facts(engine),
         "load_ms": round(load_ms, 1),
         "encode": [_encode(engine, n, repeats) for n in _prompt_sizes(engine)],
@@ -142,8 +144,10 @@ def _pass(engine: Infiller, tokens: int, repeats: int) -> dict[str, Any]:
     engine.model.encode(_ids(engine, min(256, engine.prompt_tokens)), cache)
     canvas = _ids(engine, tokens)[None]
     # With a belief: every pass but the first carries one.
-    belief = engine.model.denoise(canvas, cache, None)
-    run = lambda: engine.model.denoise(canvas, cache, belief)  # noqa: E731
+    ask = Ask(temperature=torch.tensor(0.8), top=engine.model.belief_tokens)
+    (first,) = engine.model.run([CanvasPass(canvas, cache, None, ask)])
+    told = CanvasPass(canvas, cache, first.belief, ask)
+    run = lambda: engine.model.run([told])  # noqa: E731
     return {"tokens": tokens, "ms": _timed(engine, run, repeats)}
 
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from infilld.engine.errors import GapTooLong
-from infilld.engine.sampler import Pins
+from infilld.engine.reading import Bans, Pins
 from infilld.engine.tokenizer import Tokenizer
 
 GapKind = Literal["in_line", "tail", "block"]
@@ -121,8 +120,8 @@ class CanvasLayout:
         *,
         never: Sequence[int],
         filler: int | None,
-    ) -> Tensor:
-        """Tokens that a position may not take: [L, V] bool.
+    ) -> Bans:
+        """Tokens that a position may not take.
 
         What never stands for text, and no carriage return; the filler not in the first
         `min_tokens` positions; line ends not where text follows on the line; where there is a
@@ -132,22 +131,33 @@ class CanvasLayout:
             tokenizer: vocabulary. vocab_tokens: V of the model.
             never: control tokens. filler: the one of them that may be written, if there is one.
         """
-        banned = torch.zeros(self.tokens, vocab_tokens, dtype=torch.bool)
+        # What is pinned is banned nothing: the first row.
+        rows = [torch.zeros(vocab_tokens, dtype=torch.bool)]
+        places = torch.zeros(self.tokens, dtype=torch.int64)
+        usual = rows[0].clone()
+        usual[list(never)] = True
+        # Ids beyond the tokenizer's are padding of the embedding matrix.
+        usual[tokenizer.vocab_tokens :] = True
+        # The model writes LF; the document's own line end is put in its place afterwards.
+        usual[list(tokenizer.carriage_return_ids)] = True
         for gap, place in zip(self.gaps, self.slices, strict=True):
-            banned[place, list(never)] = True
-            # Ids beyond the tokenizer's are padding of the embedding matrix.
-            banned[place, tokenizer.vocab_tokens :] = True
-            # The model writes LF; the document's own line end is put in its place afterwards.
-            banned[place, list(tokenizer.carriage_return_ids)] = True
+            row = usual.clone()
             if gap.one_line:
-                banned[place, list(tokenizer.newline_ids)] = True
-            if filler is not None:
-                banned[place.start : place.start + gap.min_tokens, filler] = True
+                row[list(tokenizer.newline_ids)] = True
+            places[place] = len(rows)
+            rows.append(row)
+            if filler is not None and gap.min_tokens:
+                row = row.clone()
+                row[filler] = True
+                places[place.start : place.start + gap.min_tokens] = len(rows)
+                rows.append(row)
             if gap.stem:
-                allowed = torch.ones(vocab_tokens, dtype=torch.bool)
-                allowed[list(tokenizer.tokens_extending(gap.stem))] = False
-                banned[place.start] |= allowed
-        return banned
+                row = rows[int(places[place.start])].clone()
+                extending = torch.ones(vocab_tokens, dtype=torch.bool)
+                extending[list(tokenizer.tokens_extending(gap.stem))] = False
+                places[place.start] = len(rows)
+                rows.append(row | extending)
+        return Bans(rows=torch.stack(rows), places=places)
 
 
 def first_gap_tokens(

@@ -20,13 +20,14 @@ from infilld.engine.canvas import CanvasLayout, Draft, Gap, read_gap
 from infilld.engine.config import SamplerConfig
 from infilld.engine.draft import DraftReader
 from infilld.engine.draws import SeededDraws
-from infilld.engine.model import CanvasPass, DiffusionGemma
-from infilld.engine.passes import Work, together
+from infilld.engine.passes import CanvasModel, CanvasPass, Work, together
 from infilld.engine.plan import CanvasPlan, FillMethod, GapPlan, steps_for
 from infilld.engine.prefixes import Prefix
 from infilld.engine.ranking import Calibration, Candidate, Weighed, place_of, weigh
+from infilld.engine.reading import Ask, Bans, Belief, Reading
 from infilld.engine.request import DraftSpan, Reason
 from infilld.engine.sampler import Denoised, Step, denoising
+from infilld.engine.schedule import temperature
 from infilld.engine.scorer import continue_greedily, score
 from infilld.engine.silence.surroundings import Surroundings
 from infilld.engine.stopping import AllOf, AnyOf, LowEntropy, Stable, StopRule
@@ -102,10 +103,10 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Start:
-    """Starting canvases [R, L]; what the first pass is told [R, L, V]; positions held [R, L]."""
+    """Starting canvases [R, L]; what the first pass is told; positions held [R, L]."""
 
     canvas: Tensor
-    belief: Tensor | None
+    belief: Belief | None
     held: Tensor | None
 
 
@@ -122,7 +123,7 @@ class Filling:
         is_finished: no deadline cut the refining short.
     """
 
-    model: DiffusionGemma
+    model: CanvasModel
     tokenizer: Tokenizer
     sampler: SamplerConfig
     method: FillMethod
@@ -196,14 +197,15 @@ class Filling:
         layouts = {n: CanvasLayout((_exactly(gap, n),), (given,)) for n in lengths if n}
         begun = {n: self._canvas(layout, [[None]]) for n, layout in layouts.items()}
         passes = [
-            CanvasPass(start.canvas, self.prefix.cache, start.belief) for start in begun.values()
+            CanvasPass(begun[n].canvas, self.prefix.cache, begun[n].belief, self._first_ask(layout))
+            for n, layout in layouts.items()
         ]
-        logits = dict(zip(layouts, (yield passes), strict=True))
+        readings = dict(zip(layouts, (yield passes), strict=True))
         self.passes += 1
         self.watch.check()
-        support = {n: _support(logits[n][0], n, given) for n in layouts}
+        support = {n: _support(readings[n], n, bool(given)) for n in layouts}
         best = sorted(layouts, key=lambda n: -support[n])[:_REFINED_LENGTHS]
-        works = [self._denoised(layouts[n], [[None]], first=(begun[n], logits[n])) for n in best]
+        works = [self._denoised(layouts[n], [[None]], first=(begun[n], readings[n])) for n in best]
         drafted = [n for n in drafts if n in layouts]
         works += [self._denoised(layouts[n], [[drafts[n]]]) for n in drafted]
         all_denoised = yield from together(works)
@@ -246,25 +248,18 @@ class Filling:
         held = known & ~pins.mask if self.method.holds_drafts else None
         if not self.method.tells_given:
             return _Start(canvas, None, held)
-        # Certain of what is given; nothing is known of the rest, so all tokens are alike there.
-        belief = torch.zeros(*canvas.shape, vocab, device=canvas.device)
-        belief[known] = -torch.inf
-        belief[known, canvas[known]] = 0.0
-        return _Start(canvas, belief, held)
+        return _Start(canvas, Belief.of_known(canvas, known), held)
 
     def _denoised(
         self,
         layout: CanvasLayout,
         starts: Sequence[Sequence[Draft | None]],
         *,
-        first: tuple["_Start", Tensor] | None = None,
+        first: tuple["_Start", Reading] | None = None,
     ) -> Work[Denoised]:
-        """Refine the canvases; `first` is the start and the logits of a pass that was done."""
-        rows, vocab = len(starts), self.model.config.vocab_tokens
-        start, logits = (self._canvas(layout, starts), None) if first is None else first
-        banned = layout.banned(
-            self.tokenizer, vocab, never=self._never_written(), filler=self._filler
-        )
+        """Refine the canvases; `first` is the start and the reading of a pass that was done."""
+        rows = len(starts)
+        start, reading = (self._canvas(layout, starts), None) if first is None else first
         self.watch.check()
         before = self.passes
         most = min(self.sampler.max_steps, steps_for(layout, self.plan.most_steps))
@@ -274,14 +269,16 @@ class Filling:
             start.canvas,
             replace(self.sampler, max_steps=most),
             self._draws,
+            vocab_tokens=self.model.config.vocab_tokens,
             stop=stop,
             pins=layout.pins(rows, self.model.device),
-            banned=banned.to(self.model.device),
+            banned=self._bans(layout),
             greedy=not self.method.samples,
             belief=start.belief,
+            belief_tokens=self.model.belief_tokens,
             held=start.held,
             is_draft=any(draft is not None for row in starts for draft in row),
-            logits=logits,
+            reading=reading,
             on_step=lambda step: self._watch(step, layout, before),
             is_late=self.watch.is_late,
         )
@@ -290,6 +287,24 @@ class Filling:
         self.canvas_tokens += layout.tokens * rows
         self.is_finished = self.is_finished and not self.watch.is_late()
         return denoised
+
+    def _first_ask(self, layout: CanvasLayout) -> Ask:
+        """What the first pass of a length is asked: also how likely what is given is behind it."""
+        most = min(self.sampler.max_steps, steps_for(layout, self.plan.most_steps))
+        pins = layout.pins(1, self.model.device)
+        return Ask(
+            temperature=temperature(0, replace(self.sampler, max_steps=most)),
+            pins=pins,
+            banned=self._bans(layout),
+            draws=self._draws if self.method.samples else None,
+            top=self.model.belief_tokens,
+            weighed=pins.tokens,
+        )
+
+    def _bans(self, layout: CanvasLayout) -> Bans:
+        vocab, never = self.model.config.vocab_tokens, self._never_written()
+        banned = layout.banned(self.tokenizer, vocab, never=never, filler=self._filler)
+        return banned.to(self.model.device)
 
     def _never_written(self) -> Sequence[int]:
         filler = {self._filler}
@@ -322,7 +337,7 @@ class Filling:
         tokens = continue_greedily(
             self.model,
             self.prefix,
-            banned.to(self.model.device),
+            banned.dense().to(self.model.device),
             frozenset(self.tokenizer.newline_ids),
             self.plan.causal_tokens,
         )
@@ -528,18 +543,15 @@ def _exactly(gap: Gap, tokens: int) -> Gap:
     return replace(gap, tokens=tokens, limit_tokens=tokens, min_tokens=min(gap.min_tokens, tokens))
 
 
-def _support(logits: Tensor, length: int, given: Sequence[int]) -> float:
-    """How well a length fits after one pass, of logits [L, V]: the larger, the better.
+def _support(reading: Reading, length: int, has_given: bool) -> float:
+    """How well a length fits after one pass over one row: the larger, the better.
 
     Mean of the best log-probabilities in the gap, and of the pinned tokens behind it.
     """
-    logs = logits.log_softmax(-1)
-    inner = float(logs[:length].max(-1).values.mean())
-    if not given:
+    inner = float(reading.log_probability[0, :length].mean())
+    if not has_given or reading.weighed is None:
         return inner
-    behind = logs[length : length + len(given)]
-    head = torch.tensor(given, device=logits.device)
-    return inner + float(behind.gather(-1, head[:, None]).mean())
+    return inner + float(reading.weighed[0, length:].mean())
 
 
 def _shorter(text: str) -> list[str]:

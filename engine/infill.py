@@ -19,10 +19,9 @@ from infilld.engine.follow import Followed, Memory, State
 from infilld.engine.languages import STARTER_LANGUAGE, language_of
 from infilld.engine.layout import layout_of
 from infilld.engine.lines import line_end, unix
-from infilld.engine.model import DiffusionGemma
 from infilld.engine.pace import Pace
 from infilld.engine.passages import Passage, Target, passage_of, targets_of
-from infilld.engine.passes import Work, drive, together
+from infilld.engine.passes import CanvasModel, Work, drive, together
 from infilld.engine.plan import CanvasPlan, FillMethod, Planner
 from infilld.engine.prefixes import PrefixPool
 from infilld.engine.prompt import Controls, PromptLayout
@@ -172,7 +171,7 @@ class Infiller:
 
     def __init__(
         self,
-        model: DiffusionGemma,
+        model: CanvasModel,
         tokenizer: Tokenizer,
         sampler: SamplerConfig,
         method: FillMethod | None = None,

@@ -98,11 +98,6 @@ def pick_device(wish: str) -> torch.device:
     return device
 
 
-def model_bytes(engine: Infiller) -> int:
-    """Memory of the weights."""
-    return sum(n.nbytes for n in (*engine.model.parameters(), *engine.model.buffers()))
-
-
 def free_memory() -> None:
     """Give back what was held by an engine that nobody refers to any more."""
     gc.collect()

@@ -7,7 +7,6 @@ Both directions use the same weights but for the layer scalars and the self-cond
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,24 +15,11 @@ from torch import Tensor, nn
 from infilld.engine.cache import PrefixCache
 from infilld.engine.config import LayerKind, ModelConfig
 from infilld.engine.layers import Attend, Layer, RMSNorm, Rotary, Rotation, SelfConditioning
+from infilld.engine.passes import CanvasPass
+from infilld.engine.reading import Belief, Reading, read_logits
 
 # Prompts are encoded in pieces: the mask of a piece is [piece, prefix + piece] booleans.
 ENCODE_CHUNK_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class CanvasPass:
-    """What one pass reads: canvases that share an encoded prefix.
-
-    Attributes:
-        canvas: token ids [R, L] int64, any L of 1 or more.
-        cache: the encoded prefix, only read.
-        belief: [R, L, V] logits carried from the step before; None: there is none.
-    """
-
-    canvas: Tensor
-    cache: PrefixCache
-    belief: Tensor | None
 
 
 class DiffusionGemma(nn.Module):
@@ -69,6 +55,21 @@ class DiffusionGemma(nn.Module):
         """Type of the weights and of the hidden states."""
         return self.embed_tokens.weight.dtype
 
+    @property
+    def belief_tokens(self) -> int | None:
+        """Beliefs are all logits, as in the reference."""
+        return None
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers in its weights."""
+        return sum(each.numel() for each in self.parameters())
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its weights."""
+        return sum(each.nbytes for each in (*self.parameters(), *self.buffers()))
+
     def new_cache(self, margin_tokens: int | None = None) -> PrefixCache:
         """An empty prefix cache on this model's device; see `PrefixCache` for the margin."""
         return PrefixCache(self.config, self.device, self.dtype, margin_tokens=margin_tokens)
@@ -78,8 +79,14 @@ class DiffusionGemma(nn.Module):
         embedded: Tensor = self.embed_tokens(tokens)
         return embedded * self._embedding_scale()
 
-    def embed_belief(self, belief: Tensor) -> Tensor:
+    def embed_belief(self, belief: Belief | Tensor) -> Tensor:
         """Expected embedding [..., D] under softmax(belief [..., V]); the softmax is float32."""
+        if isinstance(belief, Belief):
+            table = self.embed_tokens.weight
+            known = (belief.probabilities[..., None] * table[belief.ids].float()).sum(-2)
+            rest = 1.0 - belief.probabilities.sum(-1, keepdim=True)
+            expected = (known + rest * table.float().mean(0)).to(self.dtype)
+            return expected * self._embedding_scale()
         # The reference carries the logits from step to step in the weights' dtype.
         probabilities = belief.to(self.dtype).softmax(-1, dtype=torch.float32).to(self.dtype)
         return probabilities @ self.embed_tokens.weight * self._embedding_scale()
@@ -112,13 +119,14 @@ class DiffusionGemma(nn.Module):
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     @torch.no_grad()
-    def denoise(self, canvas: Tensor, cache: PrefixCache, belief: Tensor | None) -> Tensor:
+    def denoise(self, canvas: Tensor, cache: PrefixCache, belief: Belief | Tensor | None) -> Tensor:
         """One pass over canvases [R, L] that share the cached prefix; the cache is only read.
 
         Args:
             canvas: token ids [R, L] int64, any L of 1 or more.
             cache: the encoded prefix.
-            belief: [R, L, V] logits carried from the step before; None in the first step.
+            belief: [R, L, V] logits carried from the step before, or the sum of them; None in the
+                first step.
 
         Returns:
             Soft-capped logits [R, L, V] float32.
@@ -203,6 +211,21 @@ class DiffusionGemma(nn.Module):
         positions = torch.cat([torch.arange(start, start + n, device=x.device) for n in lengths])
         hidden = self._run(x, positions, attend, self._encoder_scalars())
         return list(torch.split(hidden[0], lengths))
+
+    def run(self, passes: Sequence[CanvasPass]) -> list[Reading]:
+        """What each pass is asked for, of its logits."""
+        logits = self.denoise_together(passes)
+        return [read_logits(own, each.ask) for own, each in zip(logits, passes, strict=True)]
+
+    @torch.no_grad()
+    def log_probabilities(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Of tokens [N] int64 behind hidden states [N, D]: [N] float32, nats."""
+        return self.logits(hidden).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+
+    @torch.no_grad()
+    def best(self, hidden: Tensor, banned: Tensor) -> Tensor:
+        """The most probable tokens [N] int64 behind [N, D] that are not banned [V] bool."""
+        return self.logits(hidden).masked_fill(banned, -torch.inf).argmax(-1)
 
     def _encode_piece(self, tokens: Tensor, cache: PrefixCache) -> Tensor:
         start, count = cache.tokens, len(tokens)

@@ -67,12 +67,12 @@ class Pace:
             wanted = next(work)
             while True:
                 began = time.monotonic()
-                logits = yield wanted
+                readings = yield wanted
                 taken = time.monotonic() - began
                 if wanted:
                     self.pass_s = _expected(self.pass_s, taken)
                     closing = time.monotonic()
-                wanted = work.send(logits)
+                wanted = work.send(readings)
         except StopIteration as end:
             result: T = end.value
             self.measured_at = time.monotonic()

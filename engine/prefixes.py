@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from infilld.engine.cache import PrefixCache
-from infilld.engine.model import ENCODE_CHUNK_TOKENS, DiffusionGemma
-from infilld.engine.passes import Work
+from infilld.engine.model import ENCODE_CHUNK_TOKENS
+from infilld.engine.passes import CanvasModel, Work
 
 _CACHES = 4
 # How far typing back may go in sliding layers before the prompt is encoded anew.
@@ -38,7 +38,7 @@ class PrefixPool:
         model: encodes.
     """
 
-    def __init__(self, model: DiffusionGemma) -> None:
+    def __init__(self, model: CanvasModel) -> None:
         self._model = model
         self._caches: list[PrefixCache] = []
         self._used: list[PrefixCache] = []

@@ -11,7 +11,7 @@ Source: arXiv 2505.24857 (entropy bound); transformers 5.23.0, generation_diffus
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,27 +21,12 @@ from infilld.engine.cache import PrefixCache
 from infilld.engine.config import SamplerConfig
 from infilld.engine.draws import Draws
 from infilld.engine.errors import ContextTooLong, ModelError, RequestError
-from infilld.engine.model import CanvasPass, DiffusionGemma
-from infilld.engine.passes import Work, drive
+from infilld.engine.passes import CanvasModel, CanvasPass, Work, drive
+from infilld.engine.polling import Polled
+from infilld.engine.reading import Ask, Bans, Belief, Pins, Reading, read_logits
 from infilld.engine.schedule import temperature
 from infilld.engine.stopping import History, StopRule, reference_stop
 from infilld.kernels.accept import accept
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pins:
-    """Positions whose token is imposed.
-
-    Attributes:
-        mask: [R, L] bool, True where pinned. tokens: [R, L] int64, read where mask is True.
-    """
-
-    mask: Tensor
-    tokens: Tensor
-
-    def impose(self, canvas: Tensor) -> Tensor:
-        """Canvas [R, L] with the pinned tokens in place."""
-        return torch.where(self.mask, self.tokens, canvas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +40,7 @@ class Step:
         log_probability: of those tokens under the scaled logits [R, L] float32, nats.
         entropy_nats: of the scaled logits [R, L] float32; 0 where pinned.
         accepted: positions that took the proposal [R, L] bool.
-        belief: scaled logits carried to the next pass [R, L, V] float32.
+        belief: carried to the next pass: a `Belief`, or scaled logits [R, L, V] float32.
     """
 
     index: int
@@ -64,7 +49,7 @@ class Step:
     log_probability: Tensor
     entropy_nats: Tensor
     accepted: Tensor
-    belief: Tensor
+    belief: Belief | Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +76,7 @@ def denoise_step(
     draws: Draws,
     *,
     pins: Pins | None = None,
-    banned: Tensor | None = None,
+    banned: Bans | None = None,
     greedy: bool = False,
     impl: Literal["gpu", "reference"] = "reference",
 ) -> Step:
@@ -103,36 +88,41 @@ def denoise_step(
         config: schedule and entropy budget.
         draws: random numbers; asked for one sample and one noise, in this order.
         pins: imposed positions.
-        banned: [V] or [L, V] bool, tokens that free positions may not take.
+        banned: tokens that free positions may not take.
         greedy: accepted positions take the argmax instead of a sample.
         impl: implementation of the acceptance operation.
 
     Raises:
         ModelError: the logits are not finite; nothing that follows would mean anything.
     """
-    rows, tokens, vocab = logits.shape
-    if banned is not None:
-        logits = logits.masked_fill(banned, -torch.inf)
-    if pins is not None:
-        logits = _certain(logits, pins)
-    scaled = logits / temperature(index, config).to(logits.device)
-    probabilities = scaled.softmax(-1)
-    log_probabilities = scaled.log_softmax(-1)
-    argmax = scaled.argmax(-1)
-    # p log p is 0 where p is 0; -inf logits would make it NaN. A NaN of the model must stay one.
-    terms = torch.where(probabilities == 0, 0.0, probabilities * log_probabilities)
-    entropy = -terms.sum(-1)
-    if not bool(entropy.isfinite().all()):
-        raise ModelError(
-            f"step {index}: the model's logits are not finite",
-            remedy="The weights are damaged or the precision is too low: check the checkpoint.",
-        )
-    proposal = argmax if greedy else draws.sample(probabilities)
-    noise = draws.noise(rows, tokens, vocab)
+    ask = Ask(
+        temperature=temperature(index, config),
+        pins=pins,
+        banned=banned,
+        draws=None if greedy else draws,
+    )
+    reading = read_logits(logits, ask)
+    _refuse_unfinite(reading.entropy_nats.isfinite().all(), index)
+    vocab = logits.shape[-1]
+    return _next_canvas(reading, index, config, draws, vocab, pins=pins, impl=impl)
+
+
+def _next_canvas(
+    reading: Reading,
+    index: int,
+    config: SamplerConfig,
+    draws: Draws,
+    vocab: int,
+    *,
+    pins: Pins | None,
+    impl: Literal["gpu", "reference"],
+) -> Step:
+    """The step that a reading leads to."""
+    rows, tokens = reading.argmax.shape
     taken = accept(
-        entropy,
-        proposal,
-        noise,
+        reading.entropy_nats,
+        reading.proposal,
+        draws.noise(rows, tokens, vocab),
         None if pins is None else pins.mask,
         None if pins is None else pins.tokens,
         budget_nats=config.entropy_budget_nats,
@@ -141,16 +131,24 @@ def denoise_step(
     return Step(
         index=index,
         canvas=taken.canvas,
-        argmax=argmax,
-        log_probability=log_probabilities.gather(-1, argmax[..., None])[..., 0],
-        entropy_nats=entropy,
+        argmax=reading.argmax,
+        log_probability=reading.log_probability,
+        entropy_nats=reading.entropy_nats,
         accepted=taken.accepted,
-        belief=scaled,
+        belief=reading.belief,
     )
 
 
+def _refuse_unfinite(is_finite: Tensor, index: int) -> None:
+    if not bool(is_finite):
+        raise ModelError(
+            f"step {index}: the model's logits are not finite",
+            remedy="The weights are damaged or the precision is too low: check the checkpoint.",
+        )
+
+
 def denoise(
-    model: DiffusionGemma,
+    model: CanvasModel,
     cache: PrefixCache,
     canvas: Tensor,
     config: SamplerConfig,
@@ -158,7 +156,7 @@ def denoise(
     *,
     stop: StopRule,
     pins: Pins | None = None,
-    banned: Tensor | None = None,
+    banned: Bans | None = None,
     greedy: bool = False,
     on_step: Callable[[Step], None] | None = None,
     is_late: Callable[[], bool] | None = None,
@@ -169,6 +167,7 @@ def denoise(
         canvas,
         config,
         draws,
+        vocab_tokens=model.config.vocab_tokens,
         stop=stop,
         pins=pins,
         banned=banned,
@@ -185,32 +184,37 @@ def denoising(
     config: SamplerConfig,
     draws: Draws,
     *,
+    vocab_tokens: int,
     stop: StopRule,
     pins: Pins | None = None,
-    banned: Tensor | None = None,
+    banned: Bans | None = None,
     greedy: bool = False,
-    belief: Tensor | None = None,
+    belief: Belief | Tensor | None = None,
+    belief_tokens: int | None = None,
     is_draft: bool = False,
     held: Tensor | None = None,
-    logits: Tensor | None = None,
+    reading: Reading | None = None,
     on_step: Callable[[Step], None] | None = None,
     is_late: Callable[[], bool] | None = None,
 ) -> Work[Denoised]:
     """Refine canvases [R, L] until every row is done, it is late, or the steps are spent.
 
-    A row's result is fixed in the pass in which its stop rule held; the others go on.
+    A row's result is fixed in the pass in which its stop rule held; the others go on. On a GPU the
+    host looks at a step while the next one runs, and one more pass is spent in the end.
 
     Args:
         cache: the encoded prefix, only read.
         canvas: starting tokens [R, L] int64.
         config, draws, pins, banned, greedy: see `denoise_step`.
+        vocab_tokens: V.
         stop: asked after every pass.
-        belief: [R, L, V] logits that the first pass is told; None: nothing.
+        belief: what the first pass is told; None: nothing.
+        belief_tokens: that a pass tells the next; None: all its logits.
         is_draft: the starting canvas counts as a pass's argmax: where the first pass leaves it as
             it is, it is stable.
         held: [R, L] bool, positions whose starting token is not re-noised as long as it stays the
             argmax: a draft is not to be lost to noise where the model agrees with it.
-        logits: [R, L, V] of the first pass, where somebody has them already.
+        reading: of the first pass, where somebody has it already.
         on_step: called after every pass; what it raises ends the work.
         is_late: asked after every pass; a late canvas is returned as it is, not as converged.
     """
@@ -223,13 +227,20 @@ def denoising(
     result: Tensor | None = None
     converged = torch.zeros(canvas.shape[0], dtype=torch.bool, device=canvas.device)
     impl: Literal["gpu", "reference"] = "gpu" if canvas.is_cuda else "reference"
+    polled: Polled[Step] = Polled(canvas.device)
+    passes = 0
     for index in range(config.max_steps):
-        if logits is None:
-            (logits,) = yield [CanvasPass(canvas, cache, belief)]
-        step = denoise_step(
-            logits, index, config, draws, pins=pins, banned=banned, greedy=greedy, impl=impl
-        )
-        logits = None
+        if reading is None:
+            ask = Ask(
+                temperature=temperature(index, config),
+                pins=pins,
+                banned=banned,
+                draws=None if greedy else draws,
+                top=belief_tokens,
+            )
+            (reading,) = yield [CanvasPass(canvas, cache, belief, ask)]
+        step = _next_canvas(reading, index, config, draws, vocab_tokens, pins=pins, impl=impl)
+        reading = None
         if result is None:
             result, log_probability = step.argmax, step.log_probability
         else:
@@ -238,9 +249,17 @@ def denoising(
             log_probability = torch.where(open_rows, step.log_probability, log_probability)
         history.observe(step.argmax, step.entropy_nats)
         converged = converged | stop.done(history)
-        if on_step is not None:
-            on_step(step)
-        if bool(converged.all()) or (is_late is not None and is_late()):
+        is_finite = step.entropy_nats.isfinite().all()
+        polled.push(step, is_finite, converged, step.argmax, step.log_probability, step.accepted)
+        is_end = index + 1 == config.max_steps
+        for seen, (was_finite, were_converged, *shown) in polled.seen(is_last=is_end):
+            _refuse_unfinite(was_finite, seen.index)
+            passes = seen.index + 1
+            if on_step is not None:
+                argmax, logs, accepted = shown
+                on_step(replace(seen, argmax=argmax, log_probability=logs, accepted=accepted))
+            is_end = is_end or bool(were_converged.all())
+        if is_end or (is_late is not None and is_late()):
             break
         following, belief = step.canvas, step.belief
         if held is not None:
@@ -249,15 +268,12 @@ def denoising(
         canvas = following
     assert result is not None
     return Denoised(
-        tokens=result,
-        log_probability=log_probability,
-        passes=index + 1,
-        converged=converged,
+        tokens=result, log_probability=log_probability, passes=passes, converged=converged
     )
 
 
 def generate(
-    model: DiffusionGemma,
+    model: CanvasModel,
     prompt: Tensor,
     config: SamplerConfig,
     draws: Draws,
@@ -299,7 +315,7 @@ def generate(
 
 
 def _canvases(
-    model: DiffusionGemma,
+    model: CanvasModel,
     prompt: Tensor,
     config: SamplerConfig,
     draws: Draws,
@@ -328,9 +344,3 @@ def _end_text(tokens: Tensor, config: SamplerConfig) -> tuple[Tensor, bool]:
         after = torch.arange(len(tokens), device=tokens.device) > eos.int().argmax()
         tokens = tokens.masked_fill(after, config.pad_id)
     return tokens, True
-
-
-def _certain(logits: Tensor, pins: Pins) -> Tensor:
-    """Logits whose pinned positions are certain of their pin: entropy 0, one-hot belief."""
-    onehot = torch.full_like(logits, -torch.inf).scatter_(-1, pins.tokens[..., None], 0.0)
-    return torch.where(pins.mask[..., None], onehot, logits)

@@ -9,13 +9,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from infilld.engine.model import DiffusionGemma
+from infilld.engine.passes import CanvasModel
 from infilld.engine.prefixes import Prefix
 
 
-def score(
-    model: DiffusionGemma, prefix: Prefix, candidates: Sequence[Sequence[int]]
-) -> list[Tensor]:
+def score(model: CanvasModel, prefix: Prefix, candidates: Sequence[Sequence[int]]) -> list[Tensor]:
     """Log-probabilities of candidates that continue an encoded prefix.
 
     Args:
@@ -34,14 +32,13 @@ def score(
     read = iter(model.read(longer, prefix.cache) if longer else [])
     first = prefix.last_hidden[None]
     states = [torch.cat((first, next(read))) if len(row) > 1 else first for row in rows]
-    logs = model.logits(torch.cat(states)).log_softmax(-1)
-    found = logs.gather(-1, torch.cat(rows)[:, None])[:, 0].cpu()
+    found = model.log_probabilities(torch.cat(states), torch.cat(rows)).cpu()
     parts = iter(torch.split(found, [len(row) for row in rows]))
     return [next(parts) if candidate else torch.empty(0) for candidate in candidates]
 
 
 def continue_greedily(
-    model: DiffusionGemma,
+    model: CanvasModel,
     prefix: Prefix,
     banned: Tensor,
     ends: Collection[int],
@@ -58,7 +55,7 @@ def continue_greedily(
     hidden = prefix.last_hidden
     while len(written) < most_tokens:
         never = banned[min(1, len(written))]
-        best = int(model.logits(hidden).masked_fill(never, -torch.inf).argmax())
+        best = int(model.best(hidden[None], never))
         if best in ends:
             break
         written.append(best)

@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 from infilld.engine.config import SamplerConfig
 from infilld.engine.draws import SeededDraws
-from infilld.engine.model import DiffusionGemma
-from infilld.engine.passes import Work
+from infilld.engine.passes import CanvasModel, Work
 from infilld.engine.prefixes import PrefixPool
 from infilld.engine.prompt import InfillPrompt
 from infilld.engine.sampler import denoising
@@ -16,7 +15,7 @@ _MOST_CANVASES = 4
 
 
 def thinking(
-    model: DiffusionGemma,
+    model: CanvasModel,
     sampler: SamplerConfig,
     prefixes: PrefixPool,
     prompt: InfillPrompt,
@@ -43,7 +42,9 @@ def thinking(
                 draws.first_canvas(1, length, model.config.vocab_tokens).to(model.device),
                 sampler,
                 draws,
+                vocab_tokens=model.config.vocab_tokens,
                 stop=reference_stop(sampler),
+                belief_tokens=model.belief_tokens,
                 on_step=lambda step: check(),
             )
         finally:

@@ -2,9 +2,9 @@
 
     submit ──▶ Schedule ──admit──▶ _Run: engine.work(request) ──┐ one turn each: to the passes it
                   ▲                  ▲                          │ wants, or to its result ──▶ future
-      cancel, supersede, deadline    └── logits ── a shared pass ◀┘
+      cancel, supersede, deadline    └── readings ── a shared pass ◀┘
 
-A round gives a turn to every job that has its logits, and to one of those that want none (one
+A round gives a turn to every job that has its readings, and to one of those that want none (one
 piece of a prompt is encoded in it), and then runs the passes that are wanted as one. Everything
 that ends a job early takes effect between two turns. A background job has its turns while no other
 job is open. The model is loaded on a thread of its own: whoever waits for it can still be
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from infilld.engine.errors import (
     Busy,
@@ -40,13 +39,12 @@ from infilld.engine.infill import Hooks, Infiller
 from infilld.engine.loading import (
     free_memory,
     load_infiller,
-    model_bytes,
     pick_device,
     starter_folder,
 )
-from infilld.engine.model import CanvasPass
-from infilld.engine.passes import Work
+from infilld.engine.passes import CanvasPass, Work
 from infilld.engine.prefetch import Answers
+from infilld.engine.reading import Reading
 from infilld.engine.request import InfillRequest, InfillResult, Reason
 from infilld.engine.scheduler import (
     MAX_LIVE,
@@ -94,8 +92,8 @@ class _Run:
 
     Attributes:
         begun_at: `time.monotonic()` reading. served: number of its last turn or pass.
-        wanted: passes whose logits it waits for; empty: it wants none.
-        logits: of those passes, once they were run. has_canvas: some were run.
+        wanted: passes whose readings it waits for; empty: it wants none.
+        readings: of those passes, once they were run. has_canvas: some were run.
     """
 
     job: Job
@@ -105,7 +103,7 @@ class _Run:
     has_begun: bool = False
     has_canvas: bool = False
     wanted: Sequence[CanvasPass] = ()
-    logits: Sequence[Tensor] | None = None
+    readings: Sequence[Reading] | None = None
 
     @property
     def positions(self) -> int:
@@ -118,9 +116,9 @@ class _Run:
         Raises:
             StopIteration: it has ended, with its result.
         """
-        logits, self.logits, self.wanted = self.logits or (), None, ()
+        readings, self.readings, self.wanted = self.readings or (), None, ()
         was_begun, self.has_begun = self.has_begun, True
-        self.wanted = self.work.send(logits) if was_begun else next(self.work)
+        self.wanted = self.work.send(readings) if was_begun else next(self.work)
 
 
 class Worker:
@@ -417,7 +415,7 @@ class Worker:
                 self._step(run)
         jobs = self._on_turn()
         wanting = sorted((run for run in self._runs if run.job in jobs), key=_by_service)
-        wanted = [(run, run.positions) for run in wanting if run.wanted and run.logits is None]
+        wanted = [(run, run.positions) for run in wanting if run.wanted and run.readings is None]
         self._share(fitting(wanted, self._round_tokens))
 
     def _on_turn(self) -> Sequence[Job]:
@@ -425,10 +423,10 @@ class Worker:
             return self._schedule.turn()
 
     def _next_turns(self) -> list[_Run]:
-        """Who goes on: all that have their logits, the most urgent first, and one other."""
+        """Who goes on: all that have their readings, the most urgent first, and one other."""
         jobs = self._on_turn()
         runs = [run for run in self._runs if run.job in jobs]
-        passed = [run for run in runs if run.logits is not None]
+        passed = [run for run in runs if run.readings is not None]
         others = sorted((run for run in runs if not run.wanted), key=_by_service)
         return [*sorted(passed, key=_by_deadline), *others[:1]]
 
@@ -454,9 +452,9 @@ class Worker:
             run.served = self._turns = self._turns + 1
         began = time.monotonic()
         try:
-            all_logits = iter(model.denoise_together([p for run in runs for p in run.wanted]))
+            all_readings = iter(model.run([p for run in runs for p in run.wanted]))
             for run in runs:
-                run.logits = [next(all_logits) for _ in run.wanted]
+                run.readings = [next(all_readings) for _ in run.wanted]
                 run.has_canvas = True
             self._pass_ms.append(1e3 * (time.monotonic() - began))
             return
@@ -466,7 +464,7 @@ class Worker:
         free_memory()
         for run in runs:
             try:
-                run.logits = model.denoise_together(run.wanted)
+                run.readings = model.run(run.wanted)
                 run.has_canvas = True
             except Exception as error:
                 self._end(run, error)
@@ -588,8 +586,8 @@ def _about(engine: Infiller) -> dict[str, object]:
     return {
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "memory_bytes": model_bytes(engine),
+        "parameters": model.parameter_count,
+        "memory_bytes": model.nbytes,
         "canvas_tokens": model.config.canvas_tokens,
         "prompt_tokens": engine.prompt_tokens,
     }
@@ -599,5 +597,5 @@ def _idle_s(engine: Infiller, wish: IdleUnload) -> float:
     """Seconds after which an idle model is dropped; 0: never."""
     if wish != "auto":
         return 60.0 * wish
-    is_large = engine.model.device.type != "cpu" and model_bytes(engine) >= _LARGE_BYTES
+    is_large = engine.model.device.type != "cpu" and engine.model.nbytes >= _LARGE_BYTES
     return _IDLE_UNLOAD_S if is_large else 0.0

@@ -108,16 +108,17 @@ class CausalGreedy:
         room = self.engine.prompt_tokens - 1
         prefix = tokenizer.encode(item.before[-6 * room :])[-room:]
         cache = model.new_cache()
-        banned = torch.tensor(sorted(tokenizer.control_ids), device=model.device)
+        banned = torch.zeros(model.config.vocab_tokens, dtype=torch.bool)
+        banned[sorted(tokenizer.control_ids)] = True
+        banned = banned.to(model.device)
         nats: list[float] = []
 
         def next_token(written: Sequence[int]) -> int:
             unread = written[-1:] if written else [self.controls.bos, *prefix]
             hidden = model.encode(torch.tensor(unread, device=model.device), cache)[-1:]
-            logs = model.logits(hidden)[0].index_fill(0, banned, -torch.inf).log_softmax(-1)
-            best = int(logs.argmax())
-            nats.append(float(logs[best]))
-            return best
+            best = model.best(hidden, banned)
+            nats.append(float(model.log_probabilities(hidden, best)))
+            return int(best)
 
         # What the model can read bounds what it can write.
         limit = limit_of(item, tokenizer)

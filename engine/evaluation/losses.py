@@ -5,11 +5,12 @@ import statistics
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from infilld.engine.cache import PrefixCache
 from infilld.engine.draws import SeededDraws
 from infilld.engine.infill import Infiller
+from infilld.engine.passes import CanvasPass
+from infilld.engine.reading import Ask
 from infilld.engine.training.copying import IGNORED
 from infilld.engine.training.examples import Batch, ExampleBuilder, ExampleShape
 
@@ -37,8 +38,7 @@ def held_out_nats(engine: Infiller, texts: Sequence[str], seed: int) -> dict[str
             used = int((labels != IGNORED).sum())
             # The last token is read, since canvases may start behind it, but predicts nothing.
             hidden = model.encode(batch.encoder[sequence, : used + 1], cache)[:used]
-            loss = F.cross_entropy(model.logits(hidden), labels[:used], reduction="none")
-            encoder += loss.tolist()
+            encoder += (-model.log_probabilities(hidden, labels[:used])).tolist()
             # Later canvases first: the cache is only ever cut back.
             for number in reversed(range(_SHAPE.canvases)):
                 gap += _first_pass_nats(engine, batch, (sequence, number), cache, draws)
@@ -63,7 +63,10 @@ def _first_pass_nats(
     used = is_gap | batch.head[at]
     row, free = batch.canvas[at][used], is_gap[used]
     noise = draws.noise(1, len(row), engine.model.config.vocab_tokens)[0]
-    logits = engine.model.denoise(torch.where(free, noise, row)[None], cache, None)[0]
+    ask = Ask(temperature=torch.tensor(1.0), weighed=row[None])
+    canvas = torch.where(free, noise, row)[None]
+    (reading,) = engine.model.run([CanvasPass(canvas, cache, None, ask)])
+    assert reading.weighed is not None
     text = free & (row != engine.controls.filler)
-    nats: list[float] = F.cross_entropy(logits[text], row[text], reduction="none").tolist()
+    nats: list[float] = (-reading.weighed[0, text]).tolist()
     return nats

@@ -158,7 +158,7 @@ def run_evaluation(
         "python": platform.python_version(),
         "model": folder.name,
         "model_folder": str(folder),
-        "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "parameters": engine.model.parameter_count,
         "machine": machine_facts(engine),
         "seed": options.seed,
         **work.sources,

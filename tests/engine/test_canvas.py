@@ -22,7 +22,7 @@ def gap(tokens: int = 6, limit: int = 99, **about: object) -> Gap:
 
 def banned(layout: CanvasLayout) -> torch.Tensor:
     never = sorted(TOKENIZER.control_ids - {FILLER})
-    return layout.banned(TOKENIZER, VOCAB, never=never, filler=FILLER)
+    return layout.banned(TOKENIZER, VOCAB, never=never, filler=FILLER).dense()
 
 
 def test_control_tokens_stay_out_of_a_gap_but_the_filler() -> None:

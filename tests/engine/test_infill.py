@@ -9,7 +9,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_infill import byte_tokenizer, tiny_config, tiny_infiller, tiny_model
-from torch import Tensor
 
 from infilld.engine import filling
 from infilld.engine.config import SamplerConfig
@@ -24,11 +23,12 @@ from infilld.engine.errors import (
 )
 from infilld.engine.infill import Hooks, Infiller
 from infilld.engine.lines import line_end
-from infilld.engine.model import CanvasPass
 from infilld.engine.pace import Pace
 from infilld.engine.passages import targets_of
+from infilld.engine.passes import CanvasPass
 from infilld.engine.plan import FillMethod
 from infilld.engine.ranking import Weighed
+from infilld.engine.reading import Belief, Reading
 from infilld.engine.request import CanvasUpdate, Context, InfillRequest, InfillResult, Pin, Span
 
 ENGINE = tiny_infiller()
@@ -309,22 +309,23 @@ def test_the_answer_may_be_the_draft() -> None:
 def test_a_draft_with_the_whole_canvas_known_is_told_to_the_first_pass() -> None:
     engine = tiny_infiller()
     told: list[CanvasPass] = []
-    plain = engine.model.denoise_together
+    plain = engine.model.run
 
-    def spy(passes: Sequence[CanvasPass]) -> list[Tensor]:
+    def spy(passes: Sequence[CanvasPass]) -> list[Reading]:
         told.extend(passes)
         return plain(passes)
 
-    engine.model.denoise_together = spy  # type: ignore[method-assign]
+    engine.model.run = spy  # type: ignore[method-assign]
     engine.infill(request(drafts=("a + b",)))
     first = told[0]
-    assert first.belief is not None
+    assert isinstance(first.belief, Belief)
     tokens = engine.tokenizer.encode("a + b")
     # Row 0 starts from the draft: each of its tokens is certain, as are the fillers behind it.
     assert first.canvas[0, :5].tolist() == tokens
-    assert first.belief[0].softmax(-1).max(-1).values.min() == 1.0
+    assert first.belief.probabilities[0].sum(-1).min() == 1.0
+    assert first.belief.ids[0, :5, 0].tolist() == tokens
     # The other row starts from noise: nothing is known of its gap.
-    assert first.belief[1, :5].softmax(-1).max() < 0.01
+    assert first.belief.probabilities[1, :5].max() == 0.0
 
 
 def test_a_long_selection_is_rewritten_canvas_after_canvas() -> None:
@@ -406,13 +407,13 @@ def test_exact_lengths_are_tried_without_a_filler() -> None:
     bare = tiny_infiller()
     engine = Infiller(bare.model, bare.tokenizer, bare.sampler, method)
     passes: list[int] = []
-    plain = engine.model.denoise_together
+    plain = engine.model.run
 
-    def spy(wanted: Sequence[CanvasPass]) -> list[Tensor]:
+    def spy(wanted: Sequence[CanvasPass]) -> list[Reading]:
         passes.append(len(wanted))
         return plain(wanted)
 
-    engine.model.denoise_together = spy  # type: ignore[method-assign]
+    engine.model.run = spy  # type: ignore[method-assign]
     result = engine.infill(request())
     assert result.usage.passes == len(passes)
     assert passes[0] == 7, "a probing pass over every length of a tail"

@@ -6,8 +6,8 @@ from tiny_infill import byte_tokenizer, tiny_config, tiny_model
 
 from infilld.engine.config import SamplerConfig
 from infilld.engine.draws import SeededDraws
-from infilld.engine.model import CanvasPass
-from infilld.engine.passes import Work, drive, together
+from infilld.engine.passes import CanvasPass, Work, drive, together
+from infilld.engine.reading import Ask
 from infilld.engine.sampler import Denoised, denoising
 from infilld.engine.stopping import AllOf
 
@@ -21,7 +21,7 @@ def canvas_pass(seed: int, prefix: int, rows: int, length: int, *, is_told: bool
     MODEL.encode(torch.randint(VOCAB, (prefix,), generator=generator), cache)
     canvas = torch.randint(VOCAB, (rows, length), generator=generator)
     belief = torch.randn(rows, length, VOCAB, generator=generator) if is_told else None
-    return CanvasPass(canvas, cache, belief)
+    return CanvasPass(canvas, cache, belief, Ask(temperature=torch.tensor(1.0)))
 
 
 def test_canvases_of_any_prefix_and_length_share_a_pass() -> None:
@@ -43,7 +43,9 @@ def test_canvases_of_any_prefix_and_length_share_a_pass() -> None:
 def denoised(number: int, steps: int) -> Work[Denoised]:
     first = canvas_pass(number, 7 + number, 2, 9, is_told=False)
     config = SamplerConfig(max_steps=steps)
-    return denoising(first.cache, first.canvas, config, SeededDraws(number), stop=AllOf(()))
+    return denoising(
+        first.cache, first.canvas, config, SeededDraws(number), vocab_tokens=VOCAB, stop=AllOf(())
+    )
 
 
 def test_work_side_by_side_ends_as_it_would_alone() -> None:

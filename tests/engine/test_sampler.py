@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from torch import Tensor
 from infilld.engine.config import SamplerConfig
 from infilld.engine.draws import SeededDraws
 from infilld.engine.errors import ModelError
-from infilld.engine.model import CanvasPass
-from infilld.engine.passes import drive
-from infilld.engine.sampler import Denoised, Pins, Step, denoise, denoise_step, denoising, generate
+from infilld.engine.passes import CanvasPass, drive
+from infilld.engine.reading import Ask, Bans, Pins, Reading, read_logits
+from infilld.engine.sampler import Denoised, Step, denoise, denoise_step, denoising, generate
 from infilld.engine.schedule import temperature
 from infilld.engine.stopping import (
     AllOf,
@@ -46,8 +47,13 @@ class FakeModel:
         index = min(len(self.canvases), len(self.sayings)) - 1
         return self.sayings[index]
 
-    def denoise_together(self, passes: Sequence[CanvasPass]) -> list[Tensor]:
-        return [self.denoise(each.canvas, each.cache, each.belief) for each in passes]
+    config = SimpleNamespace(vocab_tokens=V)
+
+    def run(self, passes: Sequence[CanvasPass]) -> list[Reading]:
+        return [
+            read_logits(self.denoise(each.canvas, each.cache, each.belief), each.ask)
+            for each in passes
+        ]
 
 
 def certain(tokens: Sequence[Sequence[int]], height: float = 30.0) -> Tensor:
@@ -243,8 +249,7 @@ class TestPins:
 
 
 class TestBanned:
-    banned = torch.zeros(V, dtype=torch.bool)
-    banned[:9] = True
+    banned = Bans(rows=(torch.arange(V) < 9)[None], places=torch.zeros(L, dtype=torch.int64))
 
     def test_no_free_position_takes_them(self) -> None:
         config = replace(CONFIG, entropy_budget_nats=100.0)
@@ -435,6 +440,7 @@ class TestDrafts:
             torch.full((1, L), 7),
             CONFIG,
             SeededDraws(0),
+            vocab_tokens=V,
             stop=stop,
             is_draft=True,
         )
@@ -450,6 +456,7 @@ class TestDrafts:
             canvas,
             CONFIG,
             SeededDraws(0),
+            vocab_tokens=V,
             stop=AllOf(()),
             belief=belief,
         )
@@ -463,8 +470,9 @@ class TestDrafts:
             torch.full((1, L), 7),
             replace(CONFIG, max_steps=3),
             SeededDraws(0),
+            vocab_tokens=V,
             stop=AllOf(()),
-            logits=certain([[2] * L]),
+            reading=read_logits(certain([[2] * L]), Ask(temperature=temperature(0, CONFIG))),
         )
         assert drive(model, work).passes == 3  # type: ignore[arg-type]
         assert len(model.canvases) == 2
@@ -485,6 +493,7 @@ class TestDrafts:
             torch.full((1, L), 7),
             replace(CONFIG, max_steps=4),
             SeededDraws(0),
+            vocab_tokens=V,
             stop=AllOf(()),
             held=held,
         )

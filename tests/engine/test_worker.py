@@ -26,7 +26,8 @@ from infilld.engine.errors import (
     UnsupportedDevice,
 )
 from infilld.engine.infill import Infiller
-from infilld.engine.model import CanvasPass
+from infilld.engine.passes import CanvasPass
+from infilld.engine.reading import Reading
 from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult, Span
 from infilld.engine.training.export import export_model
 from infilld.engine.training.vocabulary import save_vocabulary, train_vocabulary
@@ -266,10 +267,10 @@ class Passes:
     def __init__(self, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: list[list[int]] = []
         self.fails: Callable[[list[int]], bool] = lambda tokens: False
-        self._real = engine_of(worker).model.denoise_together
-        monkeypatch.setattr(engine_of(worker).model, "denoise_together", self)
+        self._real = engine_of(worker).model.run
+        monkeypatch.setattr(engine_of(worker).model, "run", self)
 
-    def __call__(self, passes: Sequence[CanvasPass]) -> list[torch.Tensor]:
+    def __call__(self, passes: Sequence[CanvasPass]) -> list[Reading]:
         tokens = [each.cache.tokens for each in passes]
         self.done.append(tokens)
         if self.fails(tokens):
@@ -333,13 +334,13 @@ def test_what_does_not_fit_waits_a_round(worker: Worker, monkeypatch: pytest.Mon
 def test_a_long_prompt_holds_up_nobody(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """While its pieces are encoded, the passes of others go on."""
     engine, events = engine_of(worker), list[str]()
-    encode, together = engine.model.encode, engine.model.denoise_together
+    encode, together = engine.model.encode, engine.model.run
 
     def encoding(tokens: torch.Tensor, *more: Any) -> torch.Tensor:
         events.append(f"encode {len(tokens)}")
         return encode(tokens, *more)
 
-    def denoising(passes: Sequence[CanvasPass]) -> list[torch.Tensor]:
+    def denoising(passes: Sequence[CanvasPass]) -> list[Reading]:
         events.append("pass")
         return together(passes)
 
@@ -347,7 +348,7 @@ def test_a_long_prompt_holds_up_nobody(worker: Worker, monkeypatch: pytest.Monke
     first = worker.submit(gap_behind("a = \n"), gate)
     assert gate.reached.wait(WAIT_S)
     monkeypatch.setattr(engine.model, "encode", encoding)
-    monkeypatch.setattr(engine.model, "denoise_together", denoising)
+    monkeypatch.setattr(engine.model, "run", denoising)
     long = worker.submit(gap_behind(f"{'# long' * 40}\nb = \n"))
     gate.open.set()
     for job in (first, long):
@@ -677,10 +678,7 @@ def test_a_model_that_cannot_be_loaded_again_is_tried_at_the_next_request(
 
 def test_only_large_models_of_a_gpu_are_dropped_unless_told() -> None:
     def after_s(device: str, gib: float, wish: Any) -> float:
-        weights = [SimpleNamespace(nbytes=int(gib * 2**30))]
-        model = SimpleNamespace(
-            device=torch.device(device), parameters=lambda: weights, buffers=list
-        )
+        model = SimpleNamespace(device=torch.device(device), nbytes=int(gib * 2**30))
         return worker_module._idle_s(SimpleNamespace(model=model), wish)  # type: ignore[arg-type]
 
     assert after_s("cpu", 40, "auto") == after_s("cuda", 0.9, "auto") == 0

@@ -109,7 +109,8 @@ class ReferenceDraws:
         return torch.randint(0, vocab_tokens, (rows, canvas_tokens), generator=self.generator)
 
     def sample(self, probabilities: Tensor) -> Tensor:
-        flat = probabilities.view(-1, probabilities.shape[-1])
+        # A damaged model is refused behind the draw, which must not fail before.
+        flat = probabilities.nan_to_num(1.0).view(-1, probabilities.shape[-1])
         drawn = torch.multinomial(flat, num_samples=1, generator=self.generator)
         return drawn.view(probabilities.shape[:-1])
 
