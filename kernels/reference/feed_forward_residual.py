@@ -23,7 +23,8 @@ def feed_forward_residual(
     Source: transformers 5.23.0, models/diffusion_gemma (decoder layer).
     """
     work = work_type(residual)
-    routed = expert_rows.to(work)[place.long()].unflatten(0, (len(residual), -1)).sum(1)
+    chosen = expert_rows.to(work)[place.long()]
+    routed = chosen.view(len(residual), -1, residual.shape[1]).sum(1)
     total = (unit(dense, eps) * dense_weight.float()).to(work)
     total = total + (unit(routed, eps) * expert_weight.float()).to(work)
     x = residual.to(work) + (unit(total, eps) * after_weight.float()).to(work)

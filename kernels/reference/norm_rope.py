@@ -22,7 +22,7 @@ def norm_rope(
     Source: transformers 5.23.0, models/diffusion_gemma (DiffusionGemmaAttention).
     """
     work, size = work_type(qkv), len(q_weight)
-    parts = qkv.unflatten(1, (-1, size))
+    parts = qkv.view(len(qkv), qkv.shape[1] // size, size)
     queries, keys = parts[:, :heads], parts[:, heads : heads + key_heads]
     values = parts[:, -key_heads:]  # the keys themselves where there are no values
     turn = (cosine.to(work)[:, None], sine.to(work)[:, None])

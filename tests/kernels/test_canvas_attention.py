@@ -38,19 +38,17 @@ def make(
     for row, (_, _, _, length) in enumerate(ranges):
         for own in (q, k, v):
             own[row, length:] = NAN
-    slots, first, count, lengths = (
-        torch.tensor(column, dtype=torch.int32) for column in zip(*ranges, strict=True)
-    )
+    columns = torch.tensor(ranges, dtype=torch.int32).unbind(1)
     return {
         "q": q.to(dtype),
         "k": k.to(dtype),
         "v": v.to(dtype),
         "past_keys": pasts[0].to(past_dtype or dtype),
         "past_values": pasts[1].to(past_dtype or dtype),
-        "slots": slots,
-        "first": first,
-        "count": count,
-        "lengths": lengths,
+        "slots": columns[0],
+        "first": columns[1],
+        "count": columns[2],
+        "lengths": columns[3],
     }
 
 

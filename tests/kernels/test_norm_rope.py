@@ -1,11 +1,17 @@
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compiling import SHARED_LIMIT_BYTES, compile_kernel
+from interpreter import run_gpu
+from tolerances import assert_close
 from torch import Tensor
 
 from infilld.engine.config import Rope
 from infilld.engine.layers import Rotation, rms_norm, rotate
+from infilld.kernels._launch import KernelUnavailable
 from infilld.kernels.norm_rope import norm_rope
 
 EPS = 1e-6
@@ -127,3 +133,90 @@ def test_refuses(name: str, change: Any, message: str) -> None:
 def test_unknown_implementation() -> None:
     with pytest.raises(ValueError, match="expected 'gpu' or 'reference'"):
         norm_rope(**make(tokens=3), impl="cuda")  # type: ignore[arg-type]
+
+
+BF16 = torch.bfloat16
+CASES = {
+    "one-token": make(tokens=1),
+    "no-values": make(tokens=5, values=False),
+    "one-key-head": make(tokens=3, heads=3, key_heads=1, size=24),
+    "bfloat16": make(tokens=4, dtype=BF16),
+    "bfloat16-wide-tables": make(tokens=3, dtype=BF16, table_dtype=torch.float32),
+    "smallest-head": make(tokens=2, heads=2, key_heads=2, size=2),
+    "sliding": make(tokens=2, heads=16, key_heads=8, size=256, dtype=BF16),
+    "full": make(tokens=2, heads=16, key_heads=2, size=512, values=False, dtype=BF16),
+    "many-heads": make(tokens=2, heads=24, key_heads=12, size=128),
+    "empty": make(tokens=0),
+}
+CASES["strided"] = make(tokens=5) | {
+    "qkv": torch.cat((make(tokens=5)["qkv"], torch.full((5, 3), float("nan"))), dim=1)[:, :128]
+}
+CASES["transposed"] = make(tokens=5) | {"qkv": make(tokens=5)["qkv"].T.contiguous().T}
+
+
+@pytest.fixture(scope="module")
+def gpu_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("norm_rope")
+    calls = CASES | {"float64": make(tokens=2, dtype=torch.float64)}
+    return dict(zip(calls, run_gpu("norm_rope", list(calls.values()), folder), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_computes_as_the_reference(name: str, gpu_results: dict[str, Any]) -> None:
+    call = CASES[name]
+    assert not isinstance(gpu_results[name], Exception), gpu_results[name]
+    lows, exacts = run(call), run(widened(call))
+    for found, low, exact in zip(gpu_results[name], lows, exacts, strict=True):
+        assert found.is_contiguous()
+        assert_close(found, low, exact)
+
+
+@pytest.mark.slow
+def test_gpu_refuses_float64(gpu_results: dict[str, Any]) -> None:
+    with pytest.raises(KernelUnavailable, match="norm_rope: float64"):
+        raise gpu_results["float64"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+@pytest.mark.parametrize("capability", SHARED_LIMIT_BYTES)
+@pytest.mark.parametrize(
+    ("heads", "size", "values", "block"),
+    [((16, 8), 256, True, (8, 128)), ((16, 2), 512, False, (4, 256))],
+    ids=["sliding", "full"],
+)
+def test_compiles_without_spills(
+    heads: tuple[int, int],
+    size: int,
+    values: bool,
+    block: tuple[int, int],
+    capability: int,
+    tmp_path: Path,
+) -> None:
+    triton = pytest.importorskip("triton")
+    from infilld.kernels.gpu.norm_rope import WARPS, norm_rope_kernel
+
+    pointers = ("qkv", "q_weight", "k_weight", "cosine", "sine", "q", "k", "v")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        compiled = compile_kernel(
+            norm_rope_kernel,
+            {f"{name}_ptr": "*bf16" for name in pointers}
+            | {"row_stride": "i32", "eps": "fp32"}
+            | dict.fromkeys(("H", "K", "A", "VALUES", "BLOCK_H", "BLOCK_A"), "constexpr"),
+            {
+                "H": heads[0],
+                "K": heads[1],
+                "A": size,
+                "VALUES": values,
+                "BLOCK_H": block[0],
+                "BLOCK_A": block[1],
+            },
+            capability=capability,
+            warps=WARPS,
+            aligned=(*(f"{name}_ptr" for name in pointers), "row_stride"),
+        )
+    assert compiled.spill_bytes == 0, triton.__version__
+    assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
+    assert compiled.registers <= 88
