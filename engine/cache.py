@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infilld.engine.config import ModelConfig
+from infilld.engine.config import LayerKind, ModelConfig
+from infilld.engine.errors import ContextTooLong
 
 
 @dataclass
@@ -37,6 +38,8 @@ class PrefixCache:
     Args:
         config: shapes. device, dtype: of the stored tensors.
         margin_tokens: how far a trim can go back in sliding layers; None keeps everything.
+        storage: keys and values [1, K, C, A] of each layer, memory that never moves; None: memory
+            that grows.
     """
 
     def __init__(
@@ -46,19 +49,25 @@ class PrefixCache:
         dtype: torch.dtype,
         *,
         margin_tokens: int | None = None,
+        storage: Sequence[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         if margin_tokens is not None and margin_tokens < 0:
             raise ValueError(f"{margin_tokens=}: expected 0 or more")
         self._config, self._margin = config, margin_tokens
-        self._held = [
-            _Held(
-                torch.empty(1, heads, 0, size, device=device, dtype=dtype),
-                torch.empty(1, heads, 0, size, device=device, dtype=dtype),
-            )
-            for heads, size in (
-                (config.key_heads[kind], config.head_sizes[kind]) for kind in config.layer_kinds
-            )
-        ]
+        self._is_fixed = storage is not None
+        if storage is None:
+            shapes = [
+                (1, config.key_heads[kind], 0, config.head_sizes[kind])
+                for kind in config.layer_kinds
+            ]
+            storage = [
+                (
+                    torch.empty(shape, device=device, dtype=dtype),
+                    torch.empty(shape, device=device, dtype=dtype),
+                )
+                for shape in shapes
+            ]
+        self._held = [_Held(keys, values) for keys, values in storage]
         self._ids: list[int] = []
 
     @property
@@ -110,6 +119,35 @@ class PrefixCache:
     def reuse(self, tokens: Sequence[int]) -> int:
         """Cut back to what is shared with `tokens`; returns how many need no encoding."""
         return self.trim(self.match(tokens))
+
+    def make_room(self, tokens: int) -> None:
+        """Make every layer able to take so many positions more, before they are there.
+
+        Raises:
+            ContextTooLong: memory that does not move is full.
+        """
+        for layer, held in enumerate(self._held):
+            self._make_room(held, layer, tokens)
+
+    def stored(self, kind: LayerKind) -> int:
+        """Positions that layers of a kind hold; new ones follow them."""
+        return next(
+            held.count
+            for held, own in zip(self._held, self._config.layer_kinds, strict=True)
+            if own == kind
+        )
+
+    def visible(self, kind: LayerKind) -> tuple[int, int]:
+        """Where the positions that a canvas sees begin among those held, and how many they are."""
+        count = self.stored(kind)
+        first = max(0, count - self._sliding_needs()) if kind == "sliding" else 0
+        return first, count - first
+
+    def extend(self, tokens: Tensor) -> None:
+        """Count tokens [N] as part of the prefix whose keys stand behind the held ones already."""
+        for held in self._held:
+            held.pending = len(tokens)
+        self.commit(tokens)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values [1, K, N, A] of new positions.
@@ -168,6 +206,9 @@ class PrefixCache:
         capacity = held.keys.shape[2]
         if held.count + new <= capacity:
             return
+        if self._is_fixed:
+            self._shift(held, keep, new)
+            return
         # Drop what no trim may ask for before asking for more memory.
         size = capacity if keep + new <= capacity else max(2 * capacity, keep + new)
         # Both before either is replaced: running out of memory must leave the cache as it was.
@@ -177,4 +218,17 @@ class PrefixCache:
         for old, fresh in zip((held.keys, held.values), grown, strict=True):
             fresh[:, :, :keep] = old[:, :, held.count - keep : held.count]
         held.keys, held.values = grown
+        held.count = keep
+
+    def _shift(self, held: _Held, keep: int, new: int) -> None:
+        """Move the last `keep` positions to the front of memory that cannot grow."""
+        capacity = held.keys.shape[2]
+        if keep + new > capacity:
+            raise ContextTooLong(
+                f"{self.tokens} tokens and {new} more do not fit the {capacity} that were planned",
+                remedy="Load the model with a longer context, or send less text.",
+            )
+        for stored in (held.keys, held.values):
+            # The two ranges may overlap.
+            stored[:, :, :keep] = stored[:, :, held.count - keep : held.count].clone()
         held.count = keep

@@ -17,6 +17,10 @@ class Draws(Protocol):
         """One token id per position [R, L] int64 from float32 probabilities [R, L, V]."""
         ...
 
+    def uniforms(self, rows: int, canvas_tokens: int) -> Tensor:
+        """What a sample is drawn with where its probabilities are not kept: [R, L, 2] in [0, 1)."""
+        ...
+
     def noise(self, rows: int, canvas_tokens: int, vocab_tokens: int) -> Tensor:
         """Fresh uniform token ids [R, L] int64 for the re-noise; asked for in every step."""
         ...
@@ -46,6 +50,11 @@ class SeededDraws:
         point = (1.0 - uniform) * total
         found = torch.searchsorted(cumulative, point).squeeze(-1)
         return found.clamp_(max=probabilities.shape[-1] - 1)
+
+    def uniforms(self, rows: int, canvas_tokens: int) -> Tensor:
+        """Uniform numbers [R, L, 2]."""
+        shape = (rows, canvas_tokens, 2)
+        return torch.rand(shape, generator=self._generator, device=self._device)
 
     def noise(self, rows: int, canvas_tokens: int, vocab_tokens: int) -> Tensor:
         """Uniform token ids [R, L] int64."""

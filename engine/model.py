@@ -18,6 +18,8 @@ from infilld.engine.layers import Attend, Layer, RMSNorm, Rotary, Rotation, Self
 from infilld.engine.passes import CanvasPass
 from infilld.engine.reading import Belief, Reading, read_logits
 
+# Of documents that are worked on at once, and a few that were.
+MOST_PREFIXES = 8
 # Prompts are encoded in pieces: the mask of a piece is [piece, prefix + piece] booleans.
 ENCODE_CHUNK_TOKENS = 512
 
@@ -69,6 +71,11 @@ class DiffusionGemma(nn.Module):
     def nbytes(self) -> int:
         """Memory of its weights."""
         return sum(each.nbytes for each in (*self.parameters(), *self.buffers()))
+
+    @property
+    def most_prefixes(self) -> int:
+        """Prefix caches that there may be at once."""
+        return MOST_PREFIXES
 
     def new_cache(self, margin_tokens: int | None = None) -> PrefixCache:
         """An empty prefix cache on this model's device; see `PrefixCache` for the margin."""
@@ -240,7 +247,7 @@ class DiffusionGemma(nn.Module):
                 masks[kind] = self._causal_mask(layer, start, count, keys.shape[2])
             return _masked_attention(query, keys, values, masks[kind])
 
-        x = self.embed(tokens[None])
+        x = self.embed(tokens[None].to(self.device))
         hidden = self._run(x, self._places(start, x), attend, self._encoder_scalars())[0]
         cache.commit(tokens)
         return hidden

@@ -71,6 +71,11 @@ class CanvasModel(Protocol):
         """Memory of its weights."""
         ...
 
+    @property
+    def most_prefixes(self) -> int:
+        """Prefix caches that there may be at once."""
+        ...
+
     def new_cache(self, margin_tokens: int | None = None) -> PrefixCache:
         """An empty prefix cache; see `PrefixCache` for the margin."""
         ...

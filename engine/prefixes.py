@@ -10,7 +10,6 @@ from infilld.engine.cache import PrefixCache
 from infilld.engine.model import ENCODE_CHUNK_TOKENS
 from infilld.engine.passes import CanvasModel, Work
 
-_CACHES = 4
 # How far typing back may go in sliding layers before the prompt is encoded anew.
 _TRIM_MARGIN_TOKENS = 512
 # A smaller share in common (marks, an import line) is no reason to lose another document.
@@ -32,7 +31,7 @@ class Prefix:
 
 
 class PrefixPool:
-    """Prefix caches of up to four documents, the least recently used first; more while in use.
+    """Prefix caches of the last documents, the least recently used first.
 
     Args:
         model: encodes.
@@ -61,14 +60,18 @@ class PrefixPool:
             check: called before every piece of a long prompt; what it raises ends the encoding,
                 and what was encoded until then is kept.
         """
-        cache = self._chosen(ids)
+        # Others give theirs back before long: whoever holds one waits for no second one.
+        while (cache := self._chosen(ids)) is None:
+            check()
+            yield []
         self._caches = [other for other in self._caches if other is not cache]
         self._used.append(cache)
         try:
             cached = cache.match(ids)
             # The last token's hidden state predicts what follows: it is always read anew.
             kept = cache.trim(min(cached, len(ids) - 1))
-            unread = torch.tensor(ids[kept:], dtype=torch.int64, device=self._model.device)
+            # Stays on the host, which keeps the ids: asking a GPU for them would be waiting.
+            unread = torch.tensor(ids[kept:], dtype=torch.int64)
             for piece in torch.split(unread, self._piece_tokens):
                 check()
                 hidden = self._model.encode(piece, cache)
@@ -89,13 +92,14 @@ class PrefixPool:
     def _give_back(self, cache: PrefixCache) -> None:
         if cache in self._used:
             self._used.remove(cache)
-            self._caches = [*self._caches, cache][-_CACHES:]
+            self._caches = [*self._caches, cache][-self._model.most_prefixes :]
 
-    def _chosen(self, ids: Sequence[int]) -> PrefixCache:
+    def _chosen(self, ids: Sequence[int]) -> PrefixCache | None:
+        """The cache that fits best, or has room; None: all that there may be are in use."""
         shared = {id(cache): cache.match(ids) for cache in self._caches}
         best = max(self._caches, key=lambda cache: shared[id(cache)], default=None)
         if best is not None and shared[id(best)] >= _SAME_DOCUMENT * len(ids):
             return best
-        if len(self._caches) + len(self._used) < _CACHES or not self._caches:
+        if len(self._caches) + len(self._used) < self._model.most_prefixes:
             return self._model.new_cache(_TRIM_MARGIN_TOKENS)
-        return self._caches[0]
+        return self._caches[0] if self._caches else None

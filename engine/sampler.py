@@ -172,6 +172,7 @@ def denoise(
         pins=pins,
         banned=banned,
         greedy=greedy,
+        belief_tokens=model.belief_tokens,
         on_step=on_step,
         is_late=is_late,
     )

@@ -31,16 +31,31 @@ def document(number: int, length: int = 40) -> list[int]:
 
 def test_a_document_comes_back_to_its_own_prefix() -> None:
     pool = PrefixPool(MODEL)
-    for number in (1, 2, 3, 4):
+    numbers = range(1, MODEL.most_prefixes + 1)
+    for number in numbers:
         assert visit(pool, document(number)) == 0
     prefix, cached = encode(pool, document(2, 45))
     assert cached == 40
     assert prefix.cache.ids == tuple(document(2, 45))
     pool.give_back(prefix)
-    # The least recently used one made room for the fifth.
-    visit(pool, document(5))
+    # The least recently used one made room for one more.
+    visit(pool, document(numbers[-1] + 1))
     assert visit(pool, document(3)) == 40
     assert visit(pool, document(1)) == 0
+
+
+def test_who_finds_all_in_use_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infilld.engine.model.MOST_PREFIXES", 2)
+    pool = PrefixPool(MODEL)
+    held = [encode(pool, document(number))[0] for number in (1, 2)]
+    third = pool.encoding(document(3))
+    for _ in range(3):
+        assert next(third) == []
+        assert [prefix.cache.tokens for prefix in held] == [40, 40]
+    pool.give_back(held[0])
+    prefix, _ = drive(MODEL, third)
+    assert prefix.cache is held[0].cache
+    assert prefix.cache.ids == tuple(document(3))
 
 
 def test_what_a_check_interrupts_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
