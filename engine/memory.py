@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from infilld.engine.checkpoints.quantizing import Settings, bits_per_weight, is_quantized
+from infilld.engine.checkpoints.quantizing import Quantization, bits_per_weight, is_quantized
 from infilld.engine.checkpoints.weights import CheckpointSummary, expected_shapes, part_of
 from infilld.engine.config import ModelConfig
 from infilld.engine.errors import NotEnoughMemory
@@ -83,19 +83,19 @@ class WeightBytes:
 
     @classmethod
     def estimate(
-        cls, config: ModelConfig, dtype: torch.dtype, settings: Settings | None
+        cls, config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None
     ) -> "WeightBytes":
         """Of a checkpoint that is quantized while it is loaded; None: of a plain one."""
         sums = dict.fromkeys(("quantized", "plain", "embedding", "self_conditioning"), 0)
         for name, shape in expected_shapes(config).items():
             count = math.prod(shape)
-            if settings is not None and is_quantized(name, shape):
-                sums["quantized"] += math.ceil(count * bits_per_weight(shape[-1], settings) / 8)
+            if quantization is not None and is_quantized(name, shape):
+                sums["quantized"] += math.ceil(count * bits_per_weight(shape[-1], quantization) / 8)
                 continue
             part = part_of(name)
             place = {"embedding": "embedding", "self-conditioning": "self_conditioning"}
             sums[place.get(part, "plain")] += count * dtype.itemsize
-        return cls(storage="plain" if settings is None else settings.kind, **sums)
+        return cls(storage="plain" if quantization is None else quantization.kind, **sums)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ def alternatives(plan: MemoryPlan) -> tuple[MemoryPlan, ...]:
     Less context; on a GPU also keys and values in fp8; and weights in int4, where they are larger.
     """
     int4 = WeightBytes.estimate(
-        plan.config, torch.bfloat16 if plan.on_gpu else torch.float32, Settings(kind="int4")
+        plan.config, torch.bfloat16 if plan.on_gpu else torch.float32, Quantization(kind="int4")
     )
     smaller = (int4,) if int4.total < plan.weights.total else ()
     offers: list[MemoryPlan] = []

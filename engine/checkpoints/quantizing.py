@@ -31,7 +31,7 @@ _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Quantization:
     """How plain weights are quantized.
 
     Attributes:
@@ -69,14 +69,14 @@ def group_for(columns: int, group: int) -> int:
     return group
 
 
-def bits_per_weight(columns: int, settings: Settings) -> float:
+def bits_per_weight(columns: int, quantization: Quantization) -> float:
     """Bits a number takes, its share of a scale included."""
-    bits = 4 if settings.kind == "int4" else 8
-    return bits + _SCALE_BITS[settings.kind] / group_for(columns, settings.group)
+    bits = 4 if quantization.kind == "int4" else 8
+    return bits + _SCALE_BITS[quantization.kind] / group_for(columns, quantization.group)
 
 
 @torch.no_grad()
-def quantize_rows(weight: Tensor, settings: Settings) -> QuantizedWeight:
+def quantize_rows(weight: Tensor, quantization: Quantization) -> QuantizedWeight:
     """A weight [..., N, K] in few bits, symmetric, with bf16 scales.
 
     Of several ways to lay a group onto the codes the one with the least squared error is taken,
@@ -85,7 +85,7 @@ def quantize_rows(weight: Tensor, settings: Settings) -> QuantizedWeight:
 
     Args:
         weight: floating point, finite, on any device; K a multiple of 8.
-        settings: kind and group; the group is halved until it divides K.
+        quantization: kind and group; the group is halved until it divides K.
 
     Raises:
         ValueError: not a matrix, K is no multiple of 8, or a number is not finite.
@@ -93,14 +93,14 @@ def quantize_rows(weight: Tensor, settings: Settings) -> QuantizedWeight:
     if weight.ndim < 2 or weight.shape[-1] % _SMALLEST_GROUP:
         raise ValueError(f"a weight {list(weight.shape)}, expected [..., N, K], K a multiple of 8")
     columns = weight.shape[-1]
-    group = group_for(columns, settings.group)
+    group = group_for(columns, quantization.group)
     flat = weight.reshape(-1, group)
     scales = torch.empty(len(flat), device=weight.device, dtype=torch.bfloat16)
-    is_int4 = settings.kind == "int4"
+    is_int4 = quantization.kind == "int4"
     held = (group // 2, torch.uint8) if is_int4 else (group, torch.int8)
     codes = torch.empty(len(flat), held[0], device=weight.device, dtype=held[1])
     chunk = _GPU_CHUNK if weight.device.type == "cuda" else _CPU_CHUNK
-    low, high = _CODES[settings.kind]
+    low, high = _CODES[quantization.kind]
     step = max(1, chunk // group)
     for start in range(0, len(flat), step):
         numbers = flat[start : start + step].float()
@@ -112,7 +112,7 @@ def quantize_rows(weight: Tensor, settings: Settings) -> QuantizedWeight:
         codes[start : start + step] = _packed(code) if is_int4 else code.to(torch.int8)
     shape = weight.shape[:-1]
     return QuantizedWeight(
-        kind=settings.kind,
+        kind=quantization.kind,
         codes=codes.view(*shape, -1),
         scales=scales.view(*shape, columns // group),
         group=group,

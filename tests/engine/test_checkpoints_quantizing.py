@@ -8,7 +8,7 @@ from torch import Tensor
 
 from infilld.engine.checkpoints import quantizing
 from infilld.engine.checkpoints.quantizing import (
-    Settings,
+    Quantization,
     bits_per_weight,
     group_for,
     is_quantized,
@@ -16,7 +16,7 @@ from infilld.engine.checkpoints.quantizing import (
 )
 from infilld.kernels._weights import QuantizedWeight
 
-INT4, INT8 = Settings(kind="int4"), Settings(kind="int8")
+INT4, INT8 = Quantization(kind="int4"), Quantization(kind="int8")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -49,7 +49,7 @@ class TestInt4:
     @pytest.mark.parametrize("group", [16, 32, 64])
     def test_it_is_better_than_one_fixed_scale(self, group: int) -> None:
         weight = normal(64, 256)
-        held = quantize_rows(weight, Settings(kind="int4", group=group))
+        held = quantize_rows(weight, Quantization(kind="int4", group=group))
         groups = weight.view(64, -1, group)
         largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
         plain = error(groups, rounded_to(groups, groups.abs().amax(-1) / 7, -8, 7))
@@ -80,7 +80,7 @@ class TestInt4:
 
     def test_the_low_nibble_is_the_even_column(self) -> None:
         weight = torch.tensor([[-8.0, 1, 2, 3, 4, 5, 6, 7]])
-        held = quantize_rows(weight, Settings(kind="int4", group=8))
+        held = quantize_rows(weight, Quantization(kind="int4", group=8))
         assert held.scales.tolist() == [[1.0]]
         assert held.codes.tolist() == [[0 | 9 << 4, 10 | 11 << 4, 12 | 13 << 4, 14 | 15 << 4]]
 
@@ -110,50 +110,50 @@ class TestInt8:
         assert errors[1] < errors[0] / 10
 
 
-@pytest.mark.parametrize("settings", [INT4, INT8], ids=["int4", "int8"])
+@pytest.mark.parametrize("quantization", [INT4, INT8], ids=["int4", "int8"])
 class TestBoth:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-    def test_any_shape_and_type(self, settings: Settings, dtype: torch.dtype) -> None:
+    def test_any_shape_and_type(self, quantization: Quantization, dtype: torch.dtype) -> None:
         weight = normal(2, 3, 24).to(dtype)
-        held = quantize_rows(weight, settings)
+        held = quantize_rows(weight, quantization)
         assert held.shape == (2, 3, 24)
         assert held.group == 8
         assert held.scales.dtype == torch.bfloat16
-        alone = quantize_rows(weight[1, 2][None], settings)
+        alone = quantize_rows(weight[1, 2][None], quantization)
         assert torch.equal(held.codes[1, 2], alone.codes[0])
 
-    def test_a_weight_that_is_not_contiguous(self, settings: Settings) -> None:
+    def test_a_weight_that_is_not_contiguous(self, quantization: Quantization) -> None:
         weight = normal(64, 16).T
-        held = quantize_rows(weight, settings)
-        assert torch.equal(held.codes, quantize_rows(weight.contiguous(), settings).codes)
+        held = quantize_rows(weight, quantization)
+        assert torch.equal(held.codes, quantize_rows(weight.contiguous(), quantization).codes)
 
-    def test_zeros_and_what_is_nearly_zero(self, settings: Settings) -> None:
+    def test_zeros_and_what_is_nearly_zero(self, quantization: Quantization) -> None:
         weight = torch.zeros(4, 64)
         weight[1, 3] = 1e-44
         weight[2] = -1e-30
-        held = represented(quantize_rows(weight, settings))
+        held = represented(quantize_rows(weight, quantization))
         assert torch.equal(held[0], weight[0])
         assert bool(torch.isfinite(held).all())
         assert held[2].tolist() == pytest.approx([-1e-30] * 64, rel=0.01)
 
     @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
-    def test_what_is_no_number_is_refused(self, settings: Settings, odd: float) -> None:
+    def test_what_is_no_number_is_refused(self, quantization: Quantization, odd: float) -> None:
         weight = normal(4, 64)
         weight[3, 40] = odd
         with pytest.raises(ValueError, match="not finite"):
-            quantize_rows(weight, settings)
+            quantize_rows(weight, quantization)
 
     @pytest.mark.parametrize("shape", [(64,), (4, 12)], ids=str)
     def test_what_is_no_matrix_of_eights_is_refused(
-        self, settings: Settings, shape: tuple[int, ...]
+        self, quantization: Quantization, shape: tuple[int, ...]
     ) -> None:
         with pytest.raises(ValueError, match="a multiple of 8"):
-            quantize_rows(torch.ones(shape), settings)
+            quantize_rows(torch.ones(shape), quantization)
 
     @pytest.mark.parametrize("columns", [2816, 704, 24])
-    def test_the_bits_that_are_told(self, settings: Settings, columns: int) -> None:
-        held = quantize_rows(normal(4, columns), settings)
-        assert 8 * held.nbytes == bits_per_weight(columns, settings) * 4 * columns
+    def test_the_bits_that_are_told(self, quantization: Quantization, columns: int) -> None:
+        held = quantize_rows(normal(4, columns), quantization)
+        assert 8 * held.nbytes == bits_per_weight(columns, quantization) * 4 * columns
 
 
 @pytest.mark.parametrize(
@@ -184,4 +184,4 @@ def test_which_tensors(name: str, shape: tuple[int, ...], expected: bool) -> Non
 @pytest.mark.parametrize("group", [0, 4, 48])
 def test_odd_groups_are_refused(group: int) -> None:
     with pytest.raises(ValueError, match="a power of two"):
-        Settings(group=group)
+        Quantization(group=group)

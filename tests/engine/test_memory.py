@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_gguf import Type, config_json, write_gguf
 
 from infilld.engine.checkpoints.gguf import inspect_gguf, read_gguf
-from infilld.engine.checkpoints.quantizing import Settings, is_quantized
+from infilld.engine.checkpoints.quantizing import Quantization, is_quantized
 from infilld.engine.config import ModelConfig
 from infilld.engine.errors import NotEnoughMemory
 from infilld.engine.memory import (
@@ -49,7 +49,7 @@ LARGE = ModelConfig.from_dict(
 )
 SMALL = ModelConfig.from_dict(config_json())
 BUDGET_BYTES = 18_000_000_000
-INT4 = WeightBytes.estimate(LARGE, torch.bfloat16, Settings())
+INT4 = WeightBytes.estimate(LARGE, torch.bfloat16, Quantization())
 PLAIN = WeightBytes.estimate(LARGE, torch.bfloat16, None)
 
 
@@ -172,7 +172,7 @@ class TestRefusal:
         assert "before any context" in caught.value.remedy
 
     def test_a_cpu_is_offered_no_fp8(self) -> None:
-        weights = WeightBytes.estimate(LARGE, torch.float32, Settings())
+        weights = WeightBytes.estimate(LARGE, torch.float32, Quantization())
         plan = plan_memory(
             LARGE, weights, on_gpu=False, context_tokens=261_888, budget_bytes=20_000_000_000
         )
