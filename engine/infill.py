@@ -192,8 +192,7 @@ class Infiller:
     @property
     def prompt_tokens(self) -> int:
         """Longest prompt that is encoded."""
-        config = self.model.config
-        return min(_PROMPT_TOKENS, max(8, config.max_positions - config.canvas_tokens))
+        return min(_PROMPT_TOKENS, max(8, self.model.context_tokens))
 
     def infill(self, request: InfillRequest, hooks: Hooks | None = None) -> InfillResult:
         """Fill the spans of a request; see `work`."""

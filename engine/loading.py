@@ -1,20 +1,49 @@
 """From a checkpoint folder to an engine on a device, and the memory back afterwards."""
 
 import gc
+import logging
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 
-from infilld.engine.checkpoints.loading import load_model
+from infilld.engine.checkpoints.loading import inspect_checkpoint, read_weights
 from infilld.engine.config import ModelConfig, SamplerConfig
+from infilld.engine.device_runner import DeviceRunner
 from infilld.engine.errors import CheckpointMismatch, NotEnoughMemory, UnsupportedDevice
 from infilld.engine.infill import Infiller
 from infilld.engine.layout import layout_of
+from infilld.engine.memory import KeyValues, WeightBytes, budget_of, plan_memory, refuse_too_large
 from infilld.engine.prompt import Controls, PromptLayout
 from infilld.engine.ranking import Calibration
+from infilld.engine.runner import Runner
 from infilld.engine.tokenizer import Tokenizer
 from infilld.kernels._launch import KernelUnavailable, require_triton
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What may be used of a GPU; None: what fits.
+
+    Attributes:
+        context_tokens: longest prompt that room is kept for.
+        memory_bytes: of the device.
+        key_values: how prompts are held.
+    """
+
+    context_tokens: int | None = None
+    memory_bytes: int | None = None
+    key_values: KeyValues | None = None
+
+
+NO_LIMITS = Limits()
+_CACHE_DTYPES: dict[KeyValues, torch.dtype] = {
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+}
+log = logging.getLogger(__name__)
 
 
 def starter_folder() -> Path:
@@ -22,12 +51,12 @@ def starter_folder() -> Path:
     return Path(str(files("infilld.engine") / "starter"))
 
 
-def load_infiller(folder: Path, device: str = "auto") -> Infiller:
+def load_infiller(folder: Path, device: str = "auto", limits: Limits = NO_LIMITS) -> Infiller:
     """The engine over a checkpoint folder.
 
     Args:
         folder: checkpoint with tokenizer.json.
-        device: as for `Worker`.
+        device: as for `Worker`. limits: what may be used of a GPU.
 
     Raises:
         ModelError: the folder or the device will not do.
@@ -35,22 +64,59 @@ def load_infiller(folder: Path, device: str = "auto") -> Infiller:
     chosen = pick_device(device)
     # Before the weights: what cannot be used is refused in a moment, not after minutes.
     tokenizer = Tokenizer.from_folder(folder, ModelConfig.from_folder(folder).vocab_tokens)
-    # bfloat16 products are 4 to 5 times as fast as float32 only on CPUs that have them, and a
-    # starter-sized model is bound by launches, not products: float32 is exact everywhere.
-    dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
     try:
-        model = load_model(folder, device=chosen, dtype=dtype)
+        runner = _on_gpu(folder, chosen, limits) if chosen.type == "cuda" else _on_cpu(folder)
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(f"{folder} does not fit on {chosen}: {error}") from None
-    if chosen.type == "cuda":
-        _refuse_without_kernels(model.config)
     return Infiller(
-        model,
+        runner,
         tokenizer,
         SamplerConfig.from_folder(folder),
         calibration=Calibration.from_folder(folder),
         layout=_layout(tokenizer, folder),
     )
+
+
+def _on_cpu(folder: Path) -> Runner:
+    # bfloat16 products are 4 to 5 times as fast as float32 only on CPUs that have them, and a
+    # starter-sized model is bound by launches, not products: float32 is exact everywhere.
+    device, dtype = torch.device("cpu"), torch.float32
+    weights = read_weights(folder, device=device, dtype=dtype)
+    tensors = dict(weights.tensors)
+    return Runner(weights.config, tensors, device=device, dtype=dtype, impl="reference")
+
+
+def _on_gpu(folder: Path, device: torch.device, limits: Limits) -> DeviceRunner:
+    dtype = torch.bfloat16
+    summary = inspect_checkpoint(folder)
+    _refuse_without_kernels(summary.config)
+    plan = plan_memory(
+        summary.config,
+        WeightBytes.of(summary, dtype),
+        on_gpu=True,
+        context_tokens=limits.context_tokens,
+        key_values=limits.key_values,
+        budget_bytes=budget_of(device, limits.memory_bytes),
+    )
+    if limits.context_tokens is None and not plan.fits and (fitting := plan.largest_context()):
+        # Nobody asked for that much.
+        plan = replace(plan, context_tokens=fitting)
+    log.info("%s\n%s", folder, plan.table())
+    refuse_too_large(plan)
+    # Read into the host's memory: each weight then goes to the device as the tiles it becomes.
+    weights = read_weights(folder, device=torch.device("cpu"), dtype=dtype)
+    runner = DeviceRunner(
+        weights.config,
+        dict(weights.tensors),
+        device=device,
+        dtype=dtype,
+        impl="gpu",
+        slots=plan.slots,
+        context_tokens=plan.context_tokens,
+        cache_dtype=_CACHE_DTYPES[plan.key_values],
+    )
+    runner.warm_up()
+    return runner
 
 
 def _layout(tokenizer: Tokenizer, folder: Path) -> PromptLayout:

@@ -73,6 +73,11 @@ class DiffusionGemma(nn.Module):
         return sum(each.nbytes for each in (*self.parameters(), *self.buffers()))
 
     @property
+    def context_tokens(self) -> int:
+        """Longest prefix that leaves room for a canvas."""
+        return self.config.max_positions - self.config.canvas_tokens
+
+    @property
     def most_prefixes(self) -> int:
         """Prefix caches that there may be at once."""
         return MOST_PREFIXES

@@ -72,6 +72,11 @@ class CanvasModel(Protocol):
         ...
 
     @property
+    def context_tokens(self) -> int:
+        """Longest prefix that leaves room for a canvas."""
+        ...
+
+    @property
     def most_prefixes(self) -> int:
         """Prefix caches that there may be at once."""
         ...

@@ -37,6 +37,8 @@ from infilld.engine.errors import (
 )
 from infilld.engine.infill import Hooks, Infiller
 from infilld.engine.loading import (
+    NO_LIMITS,
+    Limits,
     free_memory,
     load_infiller,
     pick_device,
@@ -130,6 +132,7 @@ class Worker:
         idle_unload_minutes: so long without a job, and the model is dropped; the next job loads
             it again, and waits. 0: never. "auto": 15 for 1 GiB or more on a GPU, else never.
         max_live: jobs that share the device; 1 is for comparison.
+        limits: what may be used of a GPU.
     """
 
     def __init__(
@@ -139,12 +142,14 @@ class Worker:
         device: str = "auto",
         idle_unload_minutes: IdleUnload = "auto",
         max_live: int = MAX_LIVE,
+        limits: Limits = NO_LIMITS,
     ) -> None:
         self.folder = starter_folder() if folder is None else folder
         self.model_name = "starter" if folder is None else self.folder.name
         self.state: State = "loading"
         self.failure: InfilldError | None = None
         self._device_wish, self._idle_wish = device, idle_unload_minutes
+        self._limits = limits
         self._engine: Infiller | None = None
         self._about: dict[str, object] = {}
         self._schedule, self._answers = Schedule(max_live), Answers()
@@ -319,7 +324,7 @@ class Worker:
         error: InfilldError | None = None
         engine: Infiller | None = None
         try:
-            engine = load_infiller(self.folder, self._device_wish)
+            engine = load_infiller(self.folder, self._device_wish, self._limits)
         except InfilldError as found:
             error = found
         except Exception as found:

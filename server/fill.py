@@ -12,7 +12,7 @@ from infilld.server import discovery, material, wire
 from infilld.server.client import Client, ServerProblem
 from infilld.server.document import Document, PositionProblem, Window
 from infilld.server.flags import share, whole
-from infilld.server.settings import Problem, Settings
+from infilld.server.settings import KEYS, Problem, Settings
 from infilld.server.watch import harmless, watch
 
 START_S = 60.0
@@ -290,7 +290,7 @@ def _refuse_other_spans(reply: wire.InfillReply, spans: Sequence[Offsets]) -> No
 
 
 def _warn_of_vain_flags(options: argparse.Namespace, settings: Settings) -> None:
-    names = ("model", "device", "host", "port", "auth", "log_level", "idle_unload_minutes")
+    names = [name for name in KEYS if name != "state_dir"]
     vain = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
     pid = discovery.running_pid(settings) if vain else None
     if pid is not None:

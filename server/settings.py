@@ -15,9 +15,12 @@ from typing import Literal
 STARTER = "starter"
 DEFAULT_PORT = 8741
 LOG_LEVELS = ("debug", "info", "warning", "error")
+KEY_VALUES = ("auto", "bf16", "fp8")
 _PREFIX = "INFILLD_"
 # A year: a timer that is set for longer than this means never.
 _MOST_MINUTES = 525_600
+_MOST_TOKENS = 1_048_576
+_MOST_GIGABYTES = 100_000.0
 _A_TIME = f'expected minutes from 0 to {_MOST_MINUTES}, or "auto"'
 
 
@@ -63,6 +66,9 @@ class Settings:
         state_dir: folder of the lock, the daemon's address, the token and the log.
         auth: ask for the bearer token.
         log_level: one of `LOG_LEVELS`.
+        context_tokens: longest prompt to keep room for; "auto": what fits, up to 32,768. On a GPU.
+        memory_gb: what may be used of the GPU, in GB of 10^9 bytes; "auto": most of what is free.
+        key_values: how the prompt is held on a GPU: "bf16" or "fp8"; "auto": bf16.
         idle_unload_minutes: after so long without a request the model is dropped, and loaded
             again at the next; 0: never; "auto": 15 for 1 GiB or more on a GPU, else never.
     """
@@ -76,6 +82,9 @@ class Settings:
     )
     auth: bool = True
     log_level: str = "info"
+    context_tokens: int | Literal["auto"] = "auto"
+    memory_gb: float | Literal["auto"] = "auto"
+    key_values: Literal["auto", "bf16", "fp8"] = "auto"
     idle_unload_minutes: float | Literal["auto"] = "auto"
 
     @property
@@ -222,6 +231,37 @@ def _minutes(value: object, folder: Path) -> float | Literal["auto"]:
     return minutes
 
 
+def _tokens(value: object, folder: Path) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_TOKENS:
+        raise ValueError(f'expected tokens from 1 to {_MOST_TOKENS}, or "auto"')
+    return value
+
+
+def _gigabytes(value: object, folder: Path) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    expected = 'expected GB of 10^9 bytes above 0, or "auto"'
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(expected)
+    try:
+        gigabytes = float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(expected) from None
+    if not 0 < gigabytes <= _MOST_GIGABYTES:
+        raise ValueError(expected)
+    return gigabytes
+
+
+def _key_values(value: object, folder: Path) -> str:
+    if value not in KEY_VALUES:
+        raise ValueError(f"expected one of {', '.join(KEY_VALUES)}")
+    return str(value)
+
+
 _READERS: Mapping[str, Callable[[object, Path], object]] = {
     "model": _model,
     "device": _device,
@@ -230,6 +270,9 @@ _READERS: Mapping[str, Callable[[object, Path], object]] = {
     "state_dir": _path,
     "auth": _bool,
     "log_level": _log_level,
+    "context_tokens": _tokens,
+    "memory_gb": _gigabytes,
+    "key_values": _key_values,
     "idle_unload_minutes": _minutes,
 }
 KEYS = tuple(f.name for f in fields(Settings))
@@ -241,5 +284,8 @@ HELP: Mapping[str, str] = {
     "state_dir": "folder of the lock, the token and the log",
     "auth": "ask for the bearer token: true or false",
     "log_level": ", ".join(LOG_LEVELS),
+    "context_tokens": "longest prompt to keep room for on a GPU; auto",
+    "memory_gb": "what may be used of the GPU, GB of 10^9 bytes; auto",
+    "key_values": f"how prompts are held on a GPU: {', '.join(KEY_VALUES)}",
     "idle_unload_minutes": "drop the model after so long without a request; 0: never; auto",
 }

@@ -26,6 +26,7 @@ from infilld.engine.errors import (
     UnsupportedDevice,
 )
 from infilld.engine.infill import Infiller
+from infilld.engine.loading import Limits
 from infilld.engine.passes import CanvasPass
 from infilld.engine.reading import Reading
 from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult, Span
@@ -55,7 +56,7 @@ def request(document: str | None = None, **fields: object) -> InfillRequest:
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
-    monkeypatch.setattr(worker_module, "load_infiller", lambda folder, device: tiny_infiller())
+    monkeypatch.setattr(worker_module, "load_infiller", lambda *wishes: tiny_infiller())
     made = Worker(Path("tiny"))
     made.start()
     made.wait_ready(WAIT_S)
@@ -575,7 +576,7 @@ class Loads:
         monkeypatch.setattr(worker_module, "load_infiller", self)
         monkeypatch.setattr(worker_module, "free_memory", self.free)
 
-    def __call__(self, folder: Path, device: str) -> Infiller:
+    def __call__(self, folder: Path, device: str, limits: Limits) -> Infiller:
         self.begun.set()
         assert self.open.wait(WAIT_S)
         if self.failure is not None:

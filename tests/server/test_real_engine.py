@@ -24,7 +24,7 @@ TEXTS = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker_module, "load_infiller", lambda folder, device: tiny_infiller())
+        patch.setattr(worker_module, "load_infiller", lambda *wishes: tiny_infiller())
         wanted = Settings(state_dir=tmp_path_factory.mktemp("real") / "state", port=0)
         with (
             serving(wanted, Worker(Path("tiny"))) as found,
