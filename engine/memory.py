@@ -14,7 +14,7 @@ import torch
 from infilld.engine.checkpoints.quantizing import Quantization, bits_per_weight, is_quantized
 from infilld.engine.checkpoints.weights import CheckpointSummary, expected_shapes, part_of
 from infilld.engine.config import ModelConfig
-from infilld.engine.errors import NotEnoughMemory
+from infilld.engine.errors import CheckpointMismatch, NotEnoughMemory
 
 KeyValues = Literal["float32", "bf16", "fp8"]
 
@@ -200,12 +200,16 @@ def plan_memory(
         budget_bytes: what may be used; None: not known.
 
     Raises:
-        ValueError: the context is longer than the model reads, or a number is not positive.
+        CheckpointMismatch: the context is longer than the model reads.
+        ValueError: no slot.
     """
     most = longest_context(config)
     context = min(DEFAULT_CONTEXT_TOKENS, most) if context_tokens is None else context_tokens
     if not 0 <= context <= most:
-        raise ValueError(f"a context of {context} tokens, the model reads {most} at most")
+        raise CheckpointMismatch(
+            f"a context of {context:,} tokens is wanted, the model reads {most:,} at most",
+            remedy=f"Ask for a context of 1 to {most} tokens.",
+        )
     if slots is None:
         is_small = budget_bytes is not None and budget_bytes <= SMALL_BUDGET_BYTES
         slots = 1 if is_small else _MOST_SLOTS

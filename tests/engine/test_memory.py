@@ -13,7 +13,7 @@ from tiny_gguf import Type, config_json, write_gguf
 from infilld.engine.checkpoints.gguf import inspect_gguf, read_gguf
 from infilld.engine.checkpoints.quantizing import Quantization, is_quantized
 from infilld.engine.config import ModelConfig
-from infilld.engine.errors import NotEnoughMemory
+from infilld.engine.errors import CheckpointMismatch, NotEnoughMemory
 from infilld.engine.memory import (
     KeyValues,
     MemoryPlan,
@@ -192,7 +192,7 @@ class TestArguments:
     @pytest.mark.parametrize("context", [-1, 497])
     def test_a_context_that_cannot_be_read_is_refused(self, context: int) -> None:
         weights = WeightBytes.estimate(SMALL, torch.float32, None)
-        with pytest.raises(ValueError, match="reads 496 at most"):
+        with pytest.raises(CheckpointMismatch, match="reads 496 at most"):
             plan_memory(SMALL, weights, on_gpu=False, context_tokens=context)
 
     def test_no_slot_is_refused(self) -> None:
