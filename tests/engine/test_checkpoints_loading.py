@@ -6,6 +6,8 @@ import logging
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,20 @@ class TestGood:
         assert inspect_checkpoint(folder).dtypes == ("BF16",)
         inputs = pass_inputs(TAME, PassCase(prefix=9, tokens=5, belief=False))
         assert our_pass(load_model(folder), *inputs).isfinite().all()
+
+    def test_torchs_compiler_is_left_alone(self) -> None:
+        # Importing it took 2 of the 2.5 seconds that loading the starter took.
+        code = (
+            "import sys; from pathlib import Path\n"
+            "from infilld.engine.checkpoints.loading import load_model\n"
+            f"load_model(Path({str(checkpoint(TAME))!r}))\n"
+            "assert 'torch._dynamo' not in sys.modules"
+        )
+        subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+    def test_frequencies_are_those_of_the_configuration(self) -> None:
+        for rotation in ours(TAME).rotations.values():
+            assert torch.equal(rotation.frequencies, rotation.inverse_frequencies())
 
     def test_nothing_is_trainable_or_left_on_meta(self) -> None:
         model = ours(TAME)

@@ -35,7 +35,7 @@ from tiny_gguf import Type, write_gguf
 from tiny_model import edit_config
 from torch import Tensor
 
-from infilld.engine.checkpoints import loading
+from infilld.engine.checkpoints import loading, stacking
 from infilld.engine.checkpoints.files import Entry, Reader
 from infilld.engine.checkpoints.loading import inspect_checkpoint, load_model, read_weights
 from infilld.engine.checkpoints.weights import Weights, part_of
@@ -425,7 +425,7 @@ class TestReading:
     ) -> None:
         truth = write_mlx(tmp_path)
         # Blocks of 5 of the 96 rows: the last is shorter.
-        monkeypatch.setattr(loading, "_BLOCK_NUMBERS", 5 * 64)
+        monkeypatch.setattr(stacking, "BLOCK_NUMBERS", 5 * 64)
         assert_exact(read_weights(tmp_path), truth)
 
     def test_a_tied_head_is_compared_in_blocks(
@@ -434,7 +434,7 @@ class TestReading:
         plain = plain_tensors()
         embedding = plain["model.decoder.embed_tokens.weight"]
         write_checkpoint(tmp_path, plain | {"lm_head.weight": embedding.clone()})
-        monkeypatch.setattr(loading, "_BLOCK_NUMBERS", 5 * 64)
+        monkeypatch.setattr(loading, "BLOCK_NUMBERS", 5 * 64)
         read_weights(tmp_path)
         other = embedding.clone()
         other[-1, -1] += 1
