@@ -1,20 +1,25 @@
-"""`infilld models`: what is configured, what a checkpoint holds, whether it fits."""
+"""`infilld models`: what is configured, what a checkpoint holds, whether it fits, how to make it.
+
+A GB is 10^9 bytes.
+"""
 
 import argparse
 import json
 import os
 import re
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from infilld.server import discovery, files, settings
+from infilld.server.flags import whole
 from infilld.server.settings import STARTER, Problem, Settings, SettingsProblem
 
-if TYPE_CHECKING:
-    import torch
-
+_ACTIONS = ("list", "inspect", "use", "quantize")
 _MODEL_LINE = re.compile(r"^[ \t]*model[ \t]*=.*$", re.MULTILINE)
 _FIRST_TABLE = re.compile(r"^[ \t]*\[", re.MULTILINE)
 
@@ -22,8 +27,30 @@ _FIRST_TABLE = re.compile(r"^[ \t]*\[", re.MULTILINE)
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("action", nargs="?", choices=("list", "inspect", "use"), default="list")
-    parser.add_argument("folder", nargs="?", metavar="DIR", help='checkpoint folder, or "starter"')
+    parser.add_argument("action", nargs="?", choices=_ACTIONS, default="list")
+    parser.add_argument(
+        "folder", nargs="?", metavar="DIR", help='checkpoint folder, GGUF file, or "starter"'
+    )
+    parser.add_argument("out", nargs="?", metavar="OUT", help="quantize: folder to make")
+    asked = parser.add_argument_group("inspect", "what to plan for")
+    asked.add_argument(
+        "--context", dest="context_tokens", metavar="N", help="the same as --context-tokens"
+    )
+    asked.add_argument(
+        "--memory",
+        dest="memory_gb",
+        metavar="GB",
+        help="the same as --memory-gb: a GPU with so much, whether it is here or not",
+    )
+    how = parser.add_argument_group("quantize", "a plain checkpoint into few bits")
+    how.add_argument("--kind", choices=("int4", "int8"), default="int4", help="int4 unless told")
+    how.add_argument(
+        "--group",
+        type=whole(8, 1024),
+        default=32,
+        metavar="N",
+        help="numbers that share a scale, a power of two; 32 unless told",
+    )
 
 
 def run(options: argparse.Namespace, wanted: Settings) -> int:
@@ -31,44 +58,79 @@ def run(options: argparse.Namespace, wanted: Settings) -> int:
 
     Raises:
         SettingsProblem: no folder given where one is needed.
-        Problem: the configuration cannot be written.
+        Problem: a file cannot be written.
         ModelError: the folder is no checkpoint that can be read.
     """
-    if options.action == "list":
+    action: str = options.action
+    if action == "list":
         return _list(wanted, as_json=options.json)
-    if options.folder is None:
+    names = "DIR OUT" if action == "quantize" else "DIR"
+    if options.folder is None or (action == "quantize" and options.out is None):
+        number = "two folders" if action == "quantize" else "a folder"
         raise SettingsProblem(
-            f"models {options.action} needs a folder",
-            remedy=f"infilld models {options.action} DIR",
+            f"models {action} needs {number}", remedy=f"infilld models {action} {names}"
         )
-    if options.action == "inspect":
+    if action != "quantize" and options.out is not None:
+        raise SettingsProblem(
+            f"models {action} takes one folder, not {options.out} too",
+            remedy=f"infilld models {action} {names}",
+        )
+    if action == "quantize":
+        return _quantize(options, wanted)
+    if action == "inspect":
         return _inspect(options.folder, wanted, as_json=options.json)
     return _use(options.folder, wanted)
 
 
 def folder_of(model: str) -> Path:
-    """The checkpoint folder of a name or a path."""
+    """The checkpoint folder, or GGUF file, of a name or a path."""
     if model == STARTER:
         return Path(str(resources.files("infilld.engine") / "starter"))
     return Path(os.path.abspath(Path(model).expanduser()))
 
 
-def inspect(folder: Path, device: str) -> dict[str, object]:
+def inspect(
+    folder: Path,
+    device: str,
+    *,
+    context_tokens: int | None = None,
+    memory_bytes: int | None = None,
+    key_values: Literal["bf16", "fp8"] | None = None,
+) -> dict[str, object]:
     """What a checkpoint holds and whether it fits, from file headers alone.
 
+    Args:
+        folder: of the checkpoint, or a GGUF file.
+        device: as in the settings.
+        context_tokens: prompt to keep room for; None: 32,768, or what the model reads.
+        memory_bytes: of a GPU that is planned for instead of the device; None: what is free there.
+        key_values: how prompts are held on a GPU; None: bf16.
+
     Raises:
-        ModelError: it cannot be read, or the device cannot be used.
+        ModelError: it cannot be read, the device cannot be used, or the model reads less context.
     """
+    import torch
+
+    from infilld.engine import memory
     from infilld.engine.checkpoints.loading import inspect_checkpoint
     from infilld.engine.worker import pick_device
 
     found, chosen = inspect_checkpoint(folder), pick_device(device)
-    # As the worker loads it: two bytes a parameter on a GPU, four on a CPU.
-    needed_bytes = found.parameters * (2 if chosen.type == "cuda" else 4)
-    available_bytes = _available_bytes(chosen)
+    on_gpu = chosen.type == "cuda" or memory_bytes is not None
+    # As the worker loads it: two bytes a plain number on a GPU, four on a CPU.
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    plan = memory.plan_memory(
+        found.config,
+        memory.WeightBytes.of(found, dtype),
+        on_gpu=on_gpu,
+        context_tokens=context_tokens,
+        key_values=key_values if on_gpu else None,
+        budget_bytes=memory.budget_of(chosen, memory_bytes),
+    )
     config = found.config
     return {
         "folder": str(folder),
+        "format": found.format,
         "parameters": found.parameters,
         "stored_bytes": found.text_bytes,
         "dtypes": list(found.dtypes),
@@ -79,10 +141,36 @@ def inspect(folder: Path, device: str) -> dict[str, object]:
         "vocab_tokens": config.vocab_tokens,
         "canvas_tokens": config.canvas_tokens,
         "vision_tensors": found.vision_tensors,
-        "device": str(chosen),
-        "needed_bytes": needed_bytes,
-        "available_bytes": available_bytes,
-        "fits": available_bytes is None or needed_bytes < available_bytes,
+        "device": str(chosen) if memory_bytes is None else "a GPU",
+        "needed_bytes": plan.total_bytes,
+        "available_bytes": memory.free_bytes(chosen) if memory_bytes is None else memory_bytes,
+        "fits": plan.fits,
+        "context_tokens": plan.context_tokens,
+        "most_context_tokens": plan.largest_context(),
+        "parts": [
+            {
+                "part": line.part,
+                "storage": line.storage,
+                "held_as": line.kind or "plain",
+                "parameters": line.parameters,
+                "stored_bytes": line.stored_bytes,
+                "bits_per_weight": round(line.bits_per_weight, 2),
+            }
+            for line in found.parts
+        ],
+        "memory": [
+            {"what": what, "bytes": count, "remark": remark} for what, count, remark in plan.rows
+        ],
+        "instead": [
+            {
+                "context_tokens": offer.context_tokens,
+                "key_values": offer.key_values,
+                "weights": offer.weights.storage,
+                "needed_bytes": offer.total_bytes,
+            }
+            for offer in (() if plan.fits else memory.alternatives(plan))
+        ],
+        "notes": list(found.notes),
     }
 
 
@@ -92,25 +180,13 @@ def inspect_usable(folder: Path, device: str) -> dict[str, object]:
     Raises:
         ModelError: a daemon could not load it.
     """
-    from infilld.engine.config import ModelConfig
     from infilld.engine.tokenizer import Tokenizer
 
     report = inspect(folder, device)
-    Tokenizer.from_folder(folder, ModelConfig.from_folder(folder).vocab_tokens)
+    vocab_tokens = report["vocab_tokens"]
+    assert isinstance(vocab_tokens, int)
+    Tokenizer.from_folder(folder if folder.is_dir() else folder.parent, vocab_tokens)
     return report
-
-
-def _available_bytes(device: "torch.device") -> int | None:
-    if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        told = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", told, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def _list(wanted: Settings, *, as_json: bool) -> int:
@@ -122,8 +198,8 @@ def _list(wanted: Settings, *, as_json: bool) -> int:
                 "model": name,
                 "folder": str(folder),
                 "configured": name == wanted.model,
-                "present": (folder / "config.json").is_file(),
-                "stored_bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+                "present": (folder / "config.json").is_file() or _stored_bytes(folder) > 0,
+                "stored_bytes": _stored_bytes(folder),
             }
         )
     if as_json:
@@ -131,24 +207,121 @@ def _list(wanted: Settings, *, as_json: bool) -> int:
         return 0
     for row in rows:
         mark = "*" if row["configured"] else " "
-        state = f"{_megabytes(row['stored_bytes'])}" if row["present"] else "no checkpoint there"
+        state = _size(row["stored_bytes"]) if row["present"] else "no checkpoint there"
         sys.stdout.write(f"{mark} {row['model']}  {state}  {row['folder']}\n")
     return 0
 
 
 def _inspect(name: str, wanted: Settings, *, as_json: bool) -> int:
-    report = inspect(folder_of(name), wanted.device)
+    report = inspect(
+        folder_of(name),
+        wanted.device,
+        context_tokens=None if wanted.context_tokens == "auto" else wanted.context_tokens,
+        memory_bytes=None if wanted.memory_gb == "auto" else round(wanted.memory_gb * 1e9),
+        key_values=None if wanted.key_values == "auto" else wanted.key_values,
+    )
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
         return 0
     for key, value in report.items():
-        shown = _megabytes(value) if key.endswith("_bytes") else value
-        sys.stdout.write(f"{key.removesuffix('_bytes'):<16}{shown}\n")
+        if not isinstance(value, list) or key == "dtypes":
+            shown = _size(value) if key.endswith("_bytes") else value
+            sys.stdout.write(f"{key.removesuffix('_bytes'):<20}{shown}\n")
+    _table("stored", report["parts"], _part_line)
+    _table("memory", report["memory"], _memory_line)
+    _table("what fits instead", report["instead"], _offer_line)
+    _table("notes", report["notes"], str)
     return 0
 
 
-def _megabytes(count: object) -> str:
-    return f"{count / 1e6:.1f} MB" if isinstance(count, int) else "unknown"
+def _table(title: str, rows: object, line: Callable[..., str]) -> None:
+    assert isinstance(rows, list)
+    if rows:
+        sys.stdout.write(f"\n{title}\n" + "".join(f"  {line(row)}\n" for row in rows))
+
+
+def _part_line(row: Mapping[str, object]) -> str:
+    held = "" if row["held_as"] == "plain" else f"  held as {row['held_as']}"
+    return (
+        f"{row['part']!s:<18}{row['storage']!s:<22}{row['bits_per_weight']:>6} bits"
+        f"{_size(row['stored_bytes']):>12}{held}"
+    )
+
+
+def _memory_line(row: Mapping[str, object]) -> str:
+    return f"{row['what']!s:<26}{_size(row['bytes']):>12}  {row['remark']}".rstrip()
+
+
+def _offer_line(row: Mapping[str, object]) -> str:
+    how = f"weights {row['weights']}, keys and values in {row['key_values']}"
+    return f"a context of {row['context_tokens']:,} tokens: {_size(row['needed_bytes'])}, {how}"
+
+
+def _size(count: object) -> str:
+    if not isinstance(count, int):
+        return "unknown"
+    if count >= 1_000_000_000:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
+
+
+def _quantize(options: argparse.Namespace, wanted: Settings) -> int:
+    """Write a plain checkpoint in few bits to a folder of its own."""
+    from infilld.engine.checkpoints.quantizing import Quantization
+    from infilld.engine.checkpoints.streaming import quantize_folder
+    from infilld.engine.worker import pick_device
+
+    source, out = folder_of(options.folder), folder_of(options.out)
+    try:
+        how = Quantization(kind=options.kind, group=options.group)
+    except ValueError as error:
+        raise SettingsProblem(str(error), remedy="--group 32") from None
+    begun = time.monotonic()
+    try:
+        with _bar() as progress:
+            quantize_folder(source, out, how, device=pick_device(wanted.device), progress=progress)
+    except OSError as error:
+        raise Problem(f"cannot write {out}: {error.strerror}") from error
+    report = {
+        "folder": str(out),
+        "kind": how.kind,
+        "group": how.group,
+        "stored_bytes": _stored_bytes(out),
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+    if options.json:
+        sys.stdout.write(json.dumps(report, indent=2) + "\n")
+        return 0
+    sys.stdout.write(
+        f"{out}: {how.kind} in groups of {how.group}, {_size(report['stored_bytes'])} of "
+        f"{_size(_stored_bytes(source))}, {report['seconds']} s\n"
+        f"Use it with: infilld models use {out}\n"
+    )
+    return 0
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal, if there is one, that is told of bytes done and bytes in all."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    with Progress(
+        BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _stored_bytes(folder: Path) -> int:
+    return sum(
+        file.stat().st_size
+        for kind in ("*.safetensors", "*.gguf")
+        for file in ((folder,) if folder.match(kind) else folder.glob(kind))
+    )
 
 
 def _use(name: str, wanted: Settings) -> int:

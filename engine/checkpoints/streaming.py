@@ -21,6 +21,7 @@ from torch import Tensor
 
 from infilld.engine.checkpoints import kept
 from infilld.engine.checkpoints.files import Reader
+from infilld.engine.checkpoints.gguf import gguf_in
 from infilld.engine.checkpoints.loading import refuse_untied
 from infilld.engine.checkpoints.plan import Piece, Plan, make_plan
 from infilld.engine.checkpoints.quantizing import (
@@ -145,6 +146,11 @@ def _plan_of(source: Path) -> Plan:
     if kept.is_kept(source):
         raise CheckpointMismatch(
             f"{source} is quantized already ({kept.METHOD})", remedy="Use it as it is."
+        )
+    if not any(source.glob("*.safetensors*")) and gguf_in(source) is not None:
+        raise CheckpointMismatch(
+            f"{source} holds a GGUF file, expected plain safetensors files",
+            remedy="Use it as it is.",
         )
     plan = make_plan(source)
     if not plan.is_plain:
