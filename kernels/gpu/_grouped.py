@@ -124,19 +124,17 @@ def _tiled_weights(
         )
         if SCALING != "row":
             s0, s1 = _scales(p_scales, N, GROUPS, SCALE)
-            if KIND != "nvfp4":
-                # Codes are divided by 64, scales in bfloat16 stored times 2^120 or 2^116.
-                s0 *= 64.0 if SCALING == "f32" else 4.81482486096809e-35
-                s1 *= (
-                    64.0
-                    if SCALING == "f32"
-                    else (7.703719777548943e-34 if KIND == "int4" else 4.81482486096809e-35)
-                )
+            # Codes are divided by 64, scales in bfloat16 stored times 2^120 or 2^116.
+            if SCALE == "bf16":
+                s0 *= 4.81482486096809e-35
+                s1 *= 7.703719777548943e-34 if KIND == "int4" else 4.81482486096809e-35
+            elif KIND != "nvfp4":
+                s0, s1 = s0 * 64.0, s1 * 64.0
             v0 = v0.to(tl.float32) * spread(s0, GROUPS, N, H)
             v1 = v1.to(tl.float32) * spread(s1, GROUPS, N, H)
         if AFFINE:
             z0, z1 = _scales(p_biases, N, GROUPS, SCALE)
-            UNIT: tl.constexpr = 1.0 if SCALING == "f32" else 8192.0
+            UNIT: tl.constexpr = 8192.0 if SCALE == "bf16" else 1.0
             v0 += spread(z0 * UNIT, GROUPS, N, H)
             v1 += spread(z1 * UNIT, GROUPS, N, H)
         if SCALING == "bf16":
@@ -322,6 +320,9 @@ def constants(operation: Operation, weight: Tensor | TiledWeight, rows: int) -> 
     affine = weight.biases is not None
     if layout.groups == 0:
         scaling = "row"
+    elif weight.kind == "int8" and affine:
+        # The bias and what takes 128 away together do not fit a bfloat16.
+        scaling = "f32"
     elif weight.scale_dtype in (torch.bfloat16, torch.float8_e4m3fn):
         scaling = "bf16"
     else:
@@ -474,8 +475,8 @@ def _launch(
 
 @functools.cache
 def _machine(device: torch.device) -> tuple[int, int]:
-    """Compute capability, 10 * major + minor, and multiprocessors."""
+    """Compute capability, 10 * major + minor, and multiprocessors; interpreted, a few."""
     if device.type != "cuda":
-        return 80, 1
+        return 80, 4
     properties = torch.cuda.get_device_properties(device)
     return 10 * properties.major + properties.minor, properties.multi_processor_count
