@@ -81,9 +81,19 @@ def feed_forward_residual(
         raise ValueError(f"{impl=}: expected 'gpu' or 'reference'")
     if len(residual) == 0:
         return LayerOutput(torch.empty_like(residual), torch.empty_like(residual))
-    return LayerOutput(
-        *run(residual, dense, expert_rows, place, *weights.values(), scalar, eps=eps)
+    out = run(
+        residual,
+        dense,
+        expert_rows,
+        place,
+        dense_weight,
+        expert_weight,
+        after_weight,
+        next_weight,
+        scalar,
+        eps=eps,
     )
+    return LayerOutput(*out)
 
 
 def _check(

@@ -1,12 +1,20 @@
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from attention_compiling import compile_attention
+from compiling import SHARED_LIMIT_BYTES
+from interpreter import run_gpu
+from tolerances import assert_close
 from torch import Tensor
 
+from infilld.kernels._launch import KernelUnavailable
 from infilld.kernels.canvas_attention import canvas_attention
 
 NAN = float("nan")
+PER_ROW = ("q", "k", "v", "slots", "first", "count", "lengths")
 
 
 def make(
@@ -129,8 +137,7 @@ class TestReference:
         ranges = [(0, 1, 4, 5), (1, 0, 9, 5), (0, 1, 4, 3)]
         call = make(ranges=ranges, tokens=5)
         order = torch.tensor([2, 0, 1])
-        per_row = ("q", "k", "v", "slots", "first", "count", "lengths")
-        shuffled = call | {name: call[name][order] for name in per_row}
+        shuffled = call | {name: call[name][order] for name in PER_ROW}
         assert torch.equal(run(shuffled), run(call)[order])
 
     def test_padding_changes_nothing(self) -> None:
@@ -148,8 +155,7 @@ class TestReference:
     def test_empty(self, shape: tuple[int, int]) -> None:
         rows, tokens = shape
         call = make(ranges=[(0, 0, 0, 0)] * max(rows, 1), tokens=tokens)
-        per_row = ("q", "k", "v", "slots", "first", "count", "lengths")
-        found = run(call | {name: call[name][:rows] for name in per_row})
+        found = run(call | {name: call[name][:rows] for name in PER_ROW})
         assert found.shape == (rows, tokens, 64)
 
 
@@ -200,3 +206,125 @@ class TestRefusals:
                 **make(ranges=[(0, 0, 4, 2)], tokens=5),
                 impl="cuda",  # type: ignore[arg-type]
             )
+
+
+def strided(call: dict[str, Any]) -> dict[str, Any]:
+    """The same values, none of them side by side but those of a stored position."""
+    spread = {
+        name: torch.stack((call[name], torch.full_like(call[name], NAN)), dim=-1)[..., 0]
+        for name in ("q", "k", "v")
+    }
+    stored = {
+        name: call[name].transpose(1, 2).contiguous().transpose(1, 2)
+        for name in ("past_keys", "past_values")
+    }
+    return call | spread | stored
+
+
+BF16, F8 = torch.bfloat16, torch.float8_e4m3fn
+# A slot of 200 positions or more is cut into shares.
+WIDE = {"capacity": 200}
+CASES = {name: make(ranges=ranges, tokens=tokens) for name, (ranges, tokens) in SPANS.items()}
+CASES |= {
+    "shares": make(ranges=[(2, 3, 190, 13)], tokens=13, **WIDE),
+    "shares-of-few-keys": make(ranges=[(1, 0, 20, 5), (0, 7, 0, 3)], tokens=5, **WIDE),
+    "shares-rows-differ": make(
+        ranges=[(2, 0, 200, 7), (0, 5, 3, 2), (1, 199, 1, 0), (0, 100, 65, 3)], tokens=7, **WIDE
+    ),
+    "several-blocks": make(ranges=[(0, 2, 9, 21), (1, 0, 4, 9)], tokens=21, heads=6),
+    "three-heads-a-key": make(ranges=[(0, 2, 150, 11)], tokens=11, heads=3, key_heads=1, **WIDE),
+    "bfloat16": make(ranges=[(0, 1, 150, 9), (1, 0, 3, 4)], tokens=9, dtype=BF16, **WIDE),
+    "bfloat16-whole": make(ranges=[(0, 1, 15, 9)], tokens=9, heads=2, key_heads=1, dtype=BF16),
+    "float8": make(ranges=[(0, 1, 150, 9), (1, 0, 3, 4)], tokens=9, past_dtype=F8, **WIDE),
+    "float8-under-bfloat16": make(ranges=[(0, 1, 17, 5)], tokens=5, dtype=BF16, past_dtype=F8),
+    "bfloat16-under-float32": make(ranges=[(0, 1, 17, 5)], tokens=5, past_dtype=BF16),
+    "head-of-64": make(ranges=[(0, 1, 17, 5)], tokens=5, size=64),
+    "head-of-512": make(ranges=[(0, 1, 17, 5)], tokens=5, heads=2, key_heads=1, size=512),
+    "strided": strided(make(ranges=[(0, 2, 150, 7), (1, 0, 4, 3)], tokens=7, **WIDE)),
+}
+_ROW = make(ranges=[(0, 0, 3, 2)], tokens=2)
+CASES["no-rows"] = _ROW | {name: _ROW[name][:0] for name in PER_ROW}
+REFUSED = {
+    "float64": (make(ranges=[(0, 0, 3, 2)], tokens=2, dtype=torch.float64), "float64"),
+    "head-of-24": (make(ranges=[(0, 0, 3, 2)], tokens=2, size=24), "heads of 24"),
+}
+UNLIKE = _ROW | {"past_values": strided(_ROW)["past_values"]}
+
+
+@pytest.fixture(scope="module")
+def gpu_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("canvas_attention")
+    calls = CASES | {name: call for name, (call, _) in REFUSED.items()} | {"unlike": UNLIKE}
+    return dict(zip(calls, run_gpu("canvas_attention", list(calls.values()), folder), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_computes_as_the_reference(name: str, gpu_results: dict[str, Any]) -> None:
+    found = gpu_results[name]
+    assert not isinstance(found, Exception), found
+    call = CASES[name]
+    assert_close(found, run(call), run(widened(call)))
+    for row, length in enumerate(call["lengths"].tolist()):
+        assert (found[row, length:] == 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_gpu_refuses_what_it_cannot_compute(name: str, gpu_results: dict[str, Any]) -> None:
+    with pytest.raises(KernelUnavailable, match=REFUSED[name][1]):
+        raise gpu_results[name]
+
+
+@pytest.mark.slow
+def test_gpu_refuses_slots_laid_out_differently(gpu_results: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="past_keys and past_values have strides"):
+        raise gpu_results["unlike"]
+
+
+class TestShares:
+    """Into how many shares the keys are cut."""
+
+    def test_fill_the_device_but_are_not_tiny(self) -> None:
+        pytest.importorskip("triton")
+        from infilld.kernels.gpu._attention import LEAST_TILES, WAVES, shares_of
+
+        for programs in (1, 2, 16, 200, 5000):
+            for tiles in (1, 4, 9, 1000):
+                shares = shares_of(programs, tiles, 132)
+                assert shares >= 1
+                assert shares == 1 or shares * programs <= WAVES * 132
+                assert shares == 1 or shares * LEAST_TILES <= tiles
+        assert shares_of(1, 10**6, 132) == WAVES * 132
+        assert shares_of(1, 40, 132) == 40 // LEAST_TILES
+
+
+# Of a thread, with Triton 3.7.1, and a tenth more; 255 is all there are.
+MOST_REGISTERS = {
+    256: {80: 255, 89: 255, 90: 255, 120: 255},
+    512: {80: 200, 89: 200, 90: 255, 120: 200},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])
+@pytest.mark.parametrize("size", [256, 512])
+def test_compiles_without_spills(size: int, capability: int, tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    compiled = compile_attention(size, capability, tmp_path)
+    assert compiled.spill_bytes == 0, triton.__version__
+    assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
+    assert compiled.registers <= MOST_REGISTERS[size][capability]
+    assert ("HGMMA" if capability == 90 else "HMMA") in compiled.sass
+    # Keys and values reach shared memory without passing through registers.
+    assert "LDGSTS" in compiled.sass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+def test_float8_compiles_where_no_type_is_one(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    compiled = compile_attention(256, 80, tmp_path, past=F8)
+    assert compiled.spill_bytes == 0
+    assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[80]

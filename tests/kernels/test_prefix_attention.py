@@ -1,9 +1,18 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from attention_compiling import compile_attention
+from compiling import SHARED_LIMIT_BYTES
+from interpreter import run_gpu
+from tolerances import assert_close
 from torch import Tensor
 
+from infilld.kernels._launch import KernelUnavailable
 from infilld.kernels.prefix_attention import prefix_attention
 
 NAN = float("nan")
@@ -206,3 +215,138 @@ class TestRefusals:
     def test_unknown_implementation(self) -> None:
         with pytest.raises(ValueError, match="expected 'gpu' or 'reference'"):
             prefix_attention(**make(tokens=3, count=5), impl="cuda")  # type: ignore[arg-type]
+
+
+BF16, F8 = torch.bfloat16, torch.float8_e4m3fn
+# A slot of 200 positions or more is cut into shares.
+WIDE = {"capacity": 200}
+CASES = {
+    name: make(tokens=tokens, count=count, window=window)
+    for name, (tokens, count, window) in SPANS.items()
+}
+CASES |= {
+    "shares": make(tokens=13, count=170, **WIDE),
+    "shares-window": make(tokens=25, count=170, window=90, **WIDE),
+    "shares-of-few-keys": make(tokens=5, count=3, **WIDE),
+    "three-heads-a-key": make(tokens=21, count=50, heads=3, key_heads=1, **WIDE),
+    "six-heads-two-keys-window": make(tokens=21, count=50, window=9, heads=6, **WIDE),
+    "read-only": make(tokens=5, count=40, writes=False),
+    "bfloat16": make(tokens=9, count=101, window=70, dtype=BF16, **WIDE),
+    "float8": make(tokens=9, count=101, past_dtype=F8, **WIDE),
+    "float8-under-bfloat16": make(tokens=5, count=20, dtype=BF16, past_dtype=F8),
+    "bfloat16-under-float32": make(tokens=5, count=20, past_dtype=BF16),
+    "head-of-512": make(tokens=5, count=20, heads=2, key_heads=1, size=512),
+    "empty": make(tokens=0, count=5),
+}
+REFUSED = {
+    "float64": (make(tokens=2, count=3, dtype=torch.float64), "float64"),
+    "head-of-24": (make(tokens=2, count=3, size=24), "heads of 24"),
+}
+
+
+@pytest.fixture(scope="module")
+def gpu_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("prefix_attention")
+    calls = CASES | {name: call for name, (call, _) in REFUSED.items()}
+    return dict(zip(calls, run_gpu("prefix_attention", list(calls.values()), folder), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_gpu_computes_as_the_reference(name: str, gpu_results: dict[str, Any]) -> None:
+    found = gpu_results[name]
+    assert not isinstance(found, Exception), found
+    assert_close(found, run(CASES[name]), run(widened(CASES[name])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_gpu_refuses_what_it_cannot_compute(name: str, gpu_results: dict[str, Any]) -> None:
+    with pytest.raises(KernelUnavailable, match=REFUSED[name][1]):
+        raise gpu_results[name]
+
+
+def awkward_for_float8() -> dict[str, Any]:
+    """New keys and values at every place where rounding to float8_e4m3fn could go wrong."""
+    codes = torch.arange(127, dtype=torch.uint8).view(F8).float()
+    between = (codes[1:] + codes[:-1]) / 2
+    up, down = torch.tensor(torch.inf), torch.tensor(0.0)
+    beside = torch.cat((between.nextafter(up), between.nextafter(down)))
+    extremes = torch.tensor([447.9, 448.0, 464.0, 465.0, 1e30, 1e-30, torch.inf, NAN])
+    sizes = torch.cat((codes, between, beside, extremes))
+    numbers = torch.cat((sizes, -sizes))
+    call = make(tokens=32, count=5, heads=2, past_dtype=F8)
+    call["k"] = numbers.repeat(2)[: 32 * 2 * 16].view(32, 2, 16)
+    call["v"] = numbers.flip(0).repeat(2)[: 32 * 2 * 16].view(32, 2, 16)
+    return call
+
+
+WRITES = {
+    "float32": make(tokens=21, count=7),
+    "several-blocks-and-shares": make(tokens=21, count=120, **WIDE),
+    "groups-that-share-blocks": make(tokens=21, count=7, heads=6, key_heads=2),
+    "one-token": make(tokens=1, count=0),
+    "bfloat16": make(tokens=21, count=7, dtype=BF16),
+    "to-the-last-position": make(tokens=13, count=27),
+    "float8": awkward_for_float8(),
+    "float8-of-bfloat16": make(tokens=9, count=7, dtype=BF16, past_dtype=F8),
+    "nothing": make(tokens=21, count=7, writes=False),
+}
+SCRIPT = """
+import sys, torch
+from infilld.kernels.prefix_attention import prefix_attention
+calls = torch.load(sys.argv[1])
+for call in calls:
+    prefix_attention(**call, impl="gpu")
+torch.save([(call["past_keys"].cpu(), call["past_values"].cpu()) for call in calls], sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, Tensor]]:
+    """The slots after the gpu implementation wrote to them."""
+    folder = tmp_path_factory.mktemp("written")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    calls = [
+        {name: t.to(device) if isinstance(t, Tensor) else t for name, t in call.items()}
+        for call in WRITES.values()
+    ]
+    torch.save(calls, folder / "calls.pt")
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder / "calls.pt"), str(folder / "slots.pt")],
+        check=True,
+        env=os.environ | ({} if device == "cuda" else {"TRITON_INTERPRET": "1"}),
+    )
+    return dict(zip(WRITES, torch.load(folder / "slots.pt"), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WRITES)
+def test_gpu_writes_as_the_reference(name: str, written: dict[str, tuple[Tensor, Tensor]]) -> None:
+    expected = {past: WRITES[name][past].clone() for past in ("past_keys", "past_values")}
+    prefix_attention(**(WRITES[name] | expected), impl="reference")
+    for found, right in zip(written[name], expected.values(), strict=True):
+        assert found.dtype == right.dtype
+        # Bit by bit, NaN and the sign of zero included.
+        as_bits = {4: torch.int32, 2: torch.int16, 1: torch.uint8}[found.element_size()]
+        assert torch.equal(found.view(as_bits), right.view(as_bits))
+
+
+# Of a thread, with Triton 3.7.1, and a tenth more; 255 is all there are.
+MOST_REGISTERS = {
+    256: {80: 255, 89: 255, 90: 255, 120: 255},
+    512: {80: 200, 89: 200, 90: 255, 120: 200},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])
+@pytest.mark.parametrize("size", [256, 512])
+def test_compiles_without_spills(size: int, capability: int, tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    compiled = compile_attention(size, capability, tmp_path, causal=True)
+    assert compiled.spill_bytes == 0, triton.__version__
+    assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
+    assert compiled.registers <= MOST_REGISTERS[size][capability]
+    assert ("HGMMA" if capability == 90 else "HMMA") in compiled.sass
