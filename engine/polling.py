@@ -19,10 +19,12 @@ class Polled(Generic[T]):
 
     Args:
         device: where the tensors are.
+        lag: how many of the newest are not looked at yet; None: 1 on a GPU, 0 on a CPU.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, lag: int | None = None) -> None:
         self._is_behind = device.type == "cuda"
+        self._lag = int(self._is_behind) if lag is None else lag
         self._waiting: deque[tuple[T, tuple[Tensor, ...], torch.cuda.Event | None]] = deque()
 
     def push(self, what: T, *tensors: Tensor) -> None:
@@ -41,12 +43,12 @@ class Polled(Generic[T]):
         self._waiting.append((what, copies, copied))
 
     def seen(self, *, is_last: bool = False) -> list[tuple[T, tuple[Tensor, ...]]]:
-        """What can be looked at now, oldest first: all but the newest on a GPU.
+        """What can be looked at now, oldest first: all but the newest, where there is a lag.
 
         Args:
             is_last: no step follows: the newest too.
         """
-        kept = 1 if self._is_behind and not is_last else 0
+        kept = 0 if is_last else self._lag
         found = []
         while len(self._waiting) > kept:
             what, tensors, copied = self._waiting.popleft()

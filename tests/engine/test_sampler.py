@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from infilld.engine.config import SamplerConfig
 from infilld.engine.draws import SeededDraws
 from infilld.engine.errors import ModelError
 from infilld.engine.passes import CanvasPass, drive
+from infilld.engine.polling import Polled
 from infilld.engine.reading import Ask, Bans, Pins, Reading, read_logits
 from infilld.engine.sampler import Denoised, Step, denoise, denoise_step, denoising, generate
 from infilld.engine.schedule import temperature
@@ -48,6 +50,7 @@ class FakeModel:
         return self.sayings[index]
 
     config = SimpleNamespace(vocab_tokens=V)
+    belief_tokens = None
 
     def run(self, passes: Sequence[CanvasPass]) -> list[Reading]:
         return [
@@ -429,6 +432,44 @@ class TestEndOfText:
 
     def test_without_pad_nothing_is_replaced(self) -> None:
         assert self.end(7, 1, 8, pad=None) == ([7, 1, 8], True)
+
+
+class TestOneStepLate:
+    """Where a GPU is a step ahead of what the host has seen, nothing but that step is different."""
+
+    @pytest.fixture
+    def late(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("infilld.engine.sampler.Polled", partial(Polled, lag=1))
+
+    def runs(self, *sayings: Tensor, **options: Any) -> tuple[Denoised, list[Step], int]:
+        model, steps = FakeModel(*sayings), list[Step]()
+        done = run(model, on_step=steps.append, **options)
+        return done, steps, len(model.canvases)
+
+    def test_a_stop_is_seen_one_pass_late_and_changes_no_result(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sayings = (random_logits(1), certain([[1] * L]), certain([[1] * L]), certain([[2] * L]))
+        at_once, _, passes = self.runs(*sayings)
+        monkeypatch.setattr("infilld.engine.sampler.Polled", partial(Polled, lag=1))
+        late, steps, late_passes = self.runs(*sayings)
+        assert torch.equal(late.tokens, at_once.tokens)
+        assert torch.equal(late.log_probability, at_once.log_probability)
+        assert late.passes == at_once.passes == passes == 3
+        assert late_passes == passes + 1
+        assert [step.index for step in steps] == [0, 1, 2]
+
+    @pytest.mark.usefixtures("late")
+    def test_every_step_is_seen_where_no_stop_holds(self) -> None:
+        config = replace(CONFIG, max_steps=4)
+        _, steps, passes = self.runs(random_logits(2), config=config, stop=AllOf(()))
+        assert [step.index for step in steps] == [0, 1, 2, 3]
+        assert passes == 4
+
+    @pytest.mark.usefixtures("late")
+    def test_a_damaged_model_is_refused(self) -> None:
+        with pytest.raises(ModelError, match="step 0"):
+            self.runs(random_logits(3).fill_(torch.nan))
 
 
 class TestDrafts:
