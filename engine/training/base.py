@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from infilld.engine.checkpoints.loading import inspect_checkpoint, load_model
-from infilld.engine.checkpoints.weights import CheckpointSummary
+from infilld.engine.checkpoints.weights import PLAIN, CheckpointSummary
 from infilld.engine.config import ModelConfig, read_json
-from infilld.engine.errors import RequestError, Unsupported
+from infilld.engine.errors import CheckpointMismatch, RequestError, Unsupported
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.prompt import Controls
 from infilld.engine.ranking import CALIBRATION, Calibration
@@ -134,6 +134,11 @@ def _told(record: dict[str, Any] | None) -> str:
 
 def _refuse_untrainable(folder: Path, found: CheckpointSummary) -> None:
     config = found.config
+    if found.format != PLAIN:
+        raise CheckpointMismatch(
+            f"{folder}: a quantized checkpoint ({found.format}), training takes plain tensors",
+            remedy="Use the unquantized checkpoint.",
+        )
     if found.parameters > _MOST_PARAMETERS:
         raise Unsupported(
             f"{folder} has {found.parameters / 1e9:.1f} B parameters, training takes up to "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_infill import tiny_config, tiny_model
 
 from infilld.engine.checkpoints.loading import load_model
@@ -168,9 +169,14 @@ class TestBadBases:
 
     def test_a_quantized_checkpoint(self, small: Path, code: Path) -> None:
         config = json.loads((small / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "compressed-tensors"}
+        config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
         (small / "config.json").write_text(json.dumps(config))
-        with pytest.raises(CheckpointMismatch, match="compressed-tensors") as caught:
+        tensors = load_file(small / "model.safetensors")
+        query = "model.decoder.layers.0.self_attn.q_proj"
+        tensors[f"{query}.weight"] = tensors[f"{query}.weight"].to(torch.float8_e4m3fn)
+        tensors[f"{query}.weight_scale"] = torch.ones(())
+        save_file(tensors, small / "model.safetensors")
+        with pytest.raises(CheckpointMismatch, match="ModelOpt fp8") as caught:
             Base.of(options(small, code))
         assert "unquantized" in caught.value.remedy
 
