@@ -19,7 +19,12 @@ TRAIN_PAUSE_MINUTES ?= 8
 TRAIN_ITEMS ?= 200
 TRAIN_FLAGS ?= --size gpu
 
-.PHONY: help setup demo test lint fmt type bench gpu-train package clean
+# Where `gpu` leaves its report, how long it may take, and its flags (--forms nvfp4, --only tests).
+GPU_OUT ?= build/gpu-report
+GPU_MINUTES ?= 8
+GPU_FLAGS ?=
+
+.PHONY: help setup demo test lint fmt type bench gpu gpu-train package clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -55,6 +60,12 @@ type: setup ## strict types
 
 bench: setup ## encode, per-pass and end-to-end times on this machine
 	$(BIN)/infilld bench
+
+# Plain python3 with torch, triton, safetensors, tokenizers and pytest will do; transformers, too, to
+# compare with it.
+gpu: .typing/infilld ## measure on this machine's GPU: kernels, a random 26B, transformers (see GPU_)
+	PYTHONPATH=.typing $(PYTHON) tests/gpu/report.py --out $(GPU_OUT) --minutes $(GPU_MINUTES) \
+	  $(GPU_FLAGS)
 
 # Plain python3 with torch, safetensors and tokenizers will do. A machine that hands back small files
 # alone gets the model in parts: cat $(TRAIN_PARTS)/model.safetensors.* > model.safetensors

@@ -9,6 +9,7 @@ every replay. On a CPU the wall clock is read, and the numbers are only good for
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -27,13 +28,14 @@ ROOT = Path(__file__).resolve().parents[2]
 WARM_UP = 5
 REPEATS = 50
 FLUSH_BYTES = 256 * 2**20
-# Bytes per second that a plain copy reaches at best; source: vendors' data sheets.
-PEAK_BYTES_PER_S = {
-    "H200": 4.8e12,
-    "H100": 3.35e12,
-    "A100": 2.0e12,
-    "RTX 5090": 1.79e12,
-    "RTX 4090": 1.01e12,
+# Bytes that a device's memory moves, and dense bf16 multiplications and additions that its tensor
+# cores do in a second, at best; source: vendors' data sheets.
+PEAKS = {
+    "H200": (4.8e12, 989e12),
+    "H100": (3.35e12, 989e12),
+    "A100": (2.0e12, 312e12),
+    "RTX 5090": (1.79e12, 209e12),
+    "RTX 4090": (1.01e12, 165e12),
 }
 
 
@@ -45,11 +47,13 @@ class Case:
         name: shape and variant, readable.
         moved_bytes: what the operation must read and write at least.
         run: called with no argument; does the operation once.
+        operations: multiplications and additions that it must do on tensor cores.
     """
 
     name: str
     moved_bytes: int
     run: Callable[[], Any]
+    operations: int = 0
 
 
 Cases = Callable[[str, str], Iterator[Case]]
@@ -70,18 +74,26 @@ def main(file: str, cases: Cases, arguments: Sequence[str] | None = None) -> int
         return status
     device = "cuda" if on_gpu else "cpu"
     for case in cases(device, impl):
-        sys.stdout.write(json.dumps(_line(operation, impl, device, case)) + "\n")
+        sys.stdout.write(json.dumps(timed(operation, impl, device, case)) + "\n")
         sys.stdout.flush()
     return _run_base(file, chosen.base, impl) if chosen.base else 0
 
 
-def _line(operation: str, impl: str, device: str, case: Case) -> dict[str, Any]:
+def peak_named(name: str) -> tuple[float, float] | None:
+    """Bytes and operations a second of a device with this name; None where they are not known."""
+    return next((peak for key, peak in PEAKS.items() if key in name), None)
+
+
+def timed(operation: str, impl: str, device: str, case: Case) -> dict[str, Any]:
+    """Time a case: the line that is printed."""
     times_us = sorted(_time_gpu(case) if device == "cuda" else _time_cpu(case))
     cuts = statistics.quantiles(times_us, n=10)
     median = statistics.median(times_us)
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    peak = next((rate for key, rate in PEAK_BYTES_PER_S.items() if key in name), None)
-    floor_us = case.moved_bytes / peak * 1e6 if peak else None
+    peak = peak_named(name)
+    floor_us = None
+    if peak is not None:
+        floor_us = 1e6 * max(case.moved_bytes / peak[0], case.operations / peak[1])
     return {
         "op": operation,
         "impl": impl,
@@ -90,11 +102,12 @@ def _line(operation: str, impl: str, device: str, case: Case) -> dict[str, Any]:
         "p20_us": round(cuts[1], 2),
         "p80_us": round(cuts[7], 2),
         "gb_per_s": round(case.moved_bytes / median / 1e3, 3),
+        "floor_us": round(floor_us, 2) if floor_us else None,
         "of_roofline": round(floor_us / median, 4) if floor_us else None,
         "device": name,
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "commit": _commit(),
+        "commit": commit_of(Path(sys.argv[0]).resolve().parent),
         "graph": device == "cuda",
         "l2_flushed": device == "cuda",
     }
@@ -160,6 +173,7 @@ def _run_base(file: str, ref: str, impl: str) -> int:
             subprocess.run(["git", "worktree", "remove", "--force", tree], cwd=ROOT, check=True)
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -169,12 +183,17 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(sys.argv[0]).resolve().parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@functools.cache
+def commit_of(folder: Path) -> str:
+    """What git calls the state of the tree that a folder is in; "unknown" without git."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return "unknown"
     return found.stdout.strip() or "unknown"

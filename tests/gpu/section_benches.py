@@ -1,0 +1,45 @@
+"""The benches of all operations: each case against the floor of its device."""
+
+import importlib.util
+import time
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import peaks
+from notes import Notes
+from plan import Machine, Plan
+
+FOLDER = Path(__file__).resolve().parents[1] / "bench"
+_COLUMNS = ("case", "us", "p20_us", "p80_us", "floor_us", "of_roofline", "gb_per_s")
+
+
+def measure(notes: Notes, plan: Plan, machine: Machine) -> None:
+    """Every bench in turn, each with an even share of the time that is left."""
+    paths = sorted(FOLDER.glob("bench_*.py"))
+    if plan.benches:
+        paths = [path for path in paths if path.stem.removeprefix("bench_") in plan.benches]
+    for number, path in enumerate(paths):
+        share_s = notes.left_s / (len(paths) - number)
+        until = time.monotonic() + share_s
+        name = path.stem.removeprefix("bench_")
+        notes.run(name, partial(_bench, notes, machine, path, name, until))
+
+
+def _bench(notes: Notes, machine: Machine, path: Path, name: str, until: float) -> None:
+    module = _loaded(path)
+    for case in module.cases(machine.device.type, machine.impl):
+        if time.monotonic() > until:
+            notes.row("left out", operation=name, behind=case.name)
+            break
+        line = peaks.timed(name, machine.impl, machine.device.type, case)
+        notes.row("cases", operation=name, **{column: line[column] for column in _COLUMNS})
+
+
+def _loaded(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
