@@ -60,7 +60,7 @@ def _check(ids: Tensor, probabilities: Tensor, embedding: Tensor, mean: Tensor) 
             f"embedding is {embedding.dtype} {list(embedding.shape)}, "
             "expected float32, bfloat16 or float16 [V, D]"
         )
-    if embedding.stride(1) != 1:
+    if embedding.stride(1) != 1 and embedding.shape[1] > 1:
         raise ValueError(f"embedding has strides {embedding.stride()}, expected D contiguous")
     if mean.shape != embedding.shape[1:] or not mean.is_floating_point():
         raise ValueError(
