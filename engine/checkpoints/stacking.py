@@ -21,6 +21,7 @@ _WIDENINGS = {
     "BF16": (torch.bfloat16, torch.float32, torch.float64),
     "F16": (torch.float16, torch.float32, torch.float64),
 }
+_E4M3_NAN = 0x7F
 _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -93,7 +94,9 @@ def stack_quantized(
     group = scheme.group or shape[-1]
     if len(pieces) == 1 and pieces[0].shape == shape:
         held = {name: part.contiguous() for name, part in _held(pieces[0], reader).items()}
-        return QuantizedWeight(kind=scheme.kind, group=group, **held)
+        weight = QuantizedWeight(kind=scheme.kind, group=group, **held)
+        _refuse_unusable(pieces, weight)
+        return weight
     whole: dict[str, Tensor] = {}
     for name, (part_shape, dtype) in scheme.parts(pieces[0].shape, pieces[0].entries).items():
         # One factor for gate and one for up, until they are joined.
@@ -109,7 +112,9 @@ def stack_quantized(
                 piece.place.of(whole[name]).copy_(part)
     if "factor" in whole:
         whole["scales"], whole["factor"] = _join_factors(whole["scales"], whole["factor"], notes)
-    return QuantizedWeight(kind=scheme.kind, group=group, **whole)
+    weight = QuantizedWeight(kind=scheme.kind, group=group, **whole)
+    _refuse_unusable(pieces, weight)
+    return weight
 
 
 def _held(piece: Piece, reader: Reader) -> dict[str, Tensor]:
@@ -119,6 +124,22 @@ def _held(piece: Piece, reader: Reader) -> dict[str, Tensor]:
         return piece.scheme.hold(piece.shape, tensors)
     except CheckpointMismatch as error:
         raise CheckpointMismatch(f"{piece.name}: {error}", remedy=error.remedy) from None
+
+
+def _refuse_unusable(pieces: Sequence[Piece], weight: QuantizedWeight) -> None:
+    if weight.kind == "nvfp4":
+        # Without a sign these are in order, and the last is NaN.
+        bad = weight.scales.view(torch.uint8) >= _E4M3_NAN
+    else:
+        bad = ~weight.scales.isfinite()
+        if weight.biases is not None:
+            bad |= ~weight.biases.isfinite()
+    if bool(bad.any()):
+        piece = next(piece for piece in pieces if piece.place.of(bad).any())
+        raise CheckpointMismatch(
+            f"{piece.name} has scales that are no numbers, or negative where they may not be",
+            remedy="Download the checkpoint again, or use another one.",
+        )
 
 
 def _join_factors(scales: Tensor, factors: Tensor, notes: Notes) -> tuple[Tensor, Tensor]:

@@ -653,6 +653,34 @@ class TestRefused:
         edit_tensors(tmp_path, lambda t: t.update({f"{GATE}.weight_scale_2": torch.tensor(factor)}))
         refused(tmp_path, GATE, "weight_scale_2", "above 0")
 
+    @pytest.mark.parametrize("value", [float("nan"), -1.0])
+    def test_scales_of_nvfp4_that_are_none(self, value: float, tmp_path: Path) -> None:
+        write_modelopt(tmp_path)
+
+        def spoil(tensors: Tensors) -> None:
+            tensors[f"{GATE}.weight_scale"][-1, -1] = value
+
+        edit_tensors(tmp_path, spoil)
+        refused(tmp_path, GATE, "scales")
+
+    @pytest.mark.parametrize("name", [Q, GATE])
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_scales_that_are_none(self, value: float, name: str, int4: Path) -> None:
+        def spoil(tensors: Tensors) -> None:
+            tensors[f"{name}.weight_scale"][-1, -1] = value
+
+        edit_tensors(int4, spoil)
+        refused(int4, name, "scales")
+
+    def test_biases_that_are_none(self, tmp_path: Path) -> None:
+        write_mlx(tmp_path)
+
+        def spoil(tensors: Tensors) -> None:
+            tensors[f"{Q}.biases"][0, 0] = torch.inf
+
+        edit_tensors(tmp_path, spoil)
+        refused(tmp_path, Q, "scales")
+
     def test_a_scale_for_activations_that_matters(self, tmp_path: Path) -> None:
         write_modelopt(tmp_path)
         edit_tensors(tmp_path, lambda t: t.update({f"{GATE}.pre_quant_scale": torch.ones(64)}))
