@@ -14,6 +14,9 @@ from torch import Tensor
 from infilld.engine.config import LayerKind, ModelConfig
 from infilld.engine.errors import ContextTooLong
 
+# Room for canvases behind a prefix that had to move anyway.
+SPARE_TOKENS = 128
+
 
 @dataclass
 class _Held:
@@ -172,15 +175,21 @@ class PrefixCache:
         self._ids += tokens.tolist()
 
     def join(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """`[prefix | new]` keys and values [R, K, P + N, A] without storing the new ones.
+        """`[prefix | new]` keys and values [R, K, P + N, A] without counting the new ones.
 
-        P is everything in a full layer, the last W - 1 positions at most in a sliding one.
+        P is everything in a full layer, the last W - 1 positions at most in a sliding one. One
+        row's new positions stand behind the prefix's until something else is put there; those of
+        several rows are copied together with it.
         """
-        held = self._held[layer]
+        held, (rows, _, new, _) = self._held[layer], key.shape
         first = 0
         if self._config.layer_kinds[layer] == "sliding":
             first = max(0, held.count - self._sliding_needs())
-        rows = key.shape[0]
+        end = held.count + new
+        if rows == 1 and end <= held.keys.shape[2] and not self._is_fixed:
+            held.keys[:, :, held.count : end] = key
+            held.values[:, :, held.count : end] = value
+            return held.keys[:, :, first:end], held.values[:, :, first:end]
         past_keys = held.keys[:, :, first : held.count].expand(rows, -1, -1, -1)
         past_values = held.values[:, :, first : held.count].expand(rows, -1, -1, -1)
         return torch.cat((past_keys, key), dim=2), torch.cat((past_values, value), dim=2)
@@ -210,11 +219,16 @@ class PrefixCache:
             self._shift(held, keep, new)
             return
         # Drop what no trim may ask for before asking for more memory.
-        size = capacity if keep + new <= capacity else max(2 * capacity, keep + new)
+        size = capacity
+        if keep + new > capacity:
+            size = max(2 * capacity, keep + new + SPARE_TOKENS)
         # Both before either is replaced: running out of memory must leave the cache as it was.
-        grown = [
-            old.new_empty(*old.shape[:2], size, old.shape[3]) for old in (held.keys, held.values)
-        ]
+        # Outside of inference mode, in which a tensor can be written to in that mode only.
+        with torch.inference_mode(False):
+            grown = [
+                old.new_empty(*old.shape[:2], size, old.shape[3])
+                for old in (held.keys, held.values)
+            ]
         for old, fresh in zip((held.keys, held.values), grown, strict=True):
             fresh[:, :, :keep] = old[:, :, held.count - keep : held.count]
         held.keys, held.values = grown

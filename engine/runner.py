@@ -6,6 +6,7 @@ is read only where somebody asks: what is pinned is known.
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from infilld.engine.cache import PrefixCache
 from infilld.engine.config import LayerKind, ModelConfig
+from infilld.engine.cpu_stack import CpuStack
 from infilld.engine.model import ENCODE_CHUNK_TOKENS, MOST_PREFIXES, DiffusionGemma
 from infilld.engine.passes import CanvasPass
 from infilld.engine.reading import Belief, Pins, Reading
@@ -28,7 +30,8 @@ class Runner:
     """A model that computes; see `CanvasModel` for what each method promises.
 
     Args:
-        config, tensors, device, dtype, impl: as of `Stack`.
+        config, tensors, device, dtype, impl: as of `Stack`; "cpu" is a `CpuStack`, which takes
+            plain float32 weights on a CPU.
         belief_tokens: that a pass tells the next.
     """
 
@@ -39,21 +42,31 @@ class Runner:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        impl: Impl,
+        impl: Impl | Literal["cpu"],
         belief_tokens: int = BELIEF_TOKENS,
     ) -> None:
-        self.stack = Stack(config, tensors, device=device, dtype=dtype, impl=impl)
+        self.stack = (
+            CpuStack(config, tensors)
+            if impl == "cpu"
+            else Stack(config, tensors, device=device, dtype=dtype, impl=impl)
+        )
         self._belief_tokens = min(belief_tokens, config.vocab_tokens)
 
     @classmethod
-    def of(cls, model: DiffusionGemma, *, belief_tokens: int = BELIEF_TOKENS) -> "Runner":
+    def of(
+        cls,
+        model: DiffusionGemma,
+        *,
+        impl: Literal["reference", "cpu"] = "reference",
+        belief_tokens: int = BELIEF_TOKENS,
+    ) -> "Runner":
         """A runner over the weights of a model on a CPU; those that are not joined are shared."""
         return cls(
             model.config,
             dict(model.state_dict()),
             device=model.device,
             dtype=model.dtype,
-            impl="reference",
+            impl=impl,
             belief_tokens=belief_tokens,
         )
 

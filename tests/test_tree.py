@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "kernels/_launch.py": set(),
     "kernels/_weights.py": set(),
     "kernels/gpu": {"kernels.gpu", "kernels._launch", "kernels._weights", "kernels._tiles"},
+    "kernels/cpu": {"kernels.cpu", "kernels.reference"},
     "kernels/reference": {"kernels.reference", "kernels._weights", "kernels._tiles"},
     "engine": {"engine", "kernels"},
     "server": {"server", "engine"},
@@ -35,6 +36,7 @@ MAY_IMPORT = {
 # Packages from elsewhere that a layer must do without.
 NEVER = {
     "kernels": {"transformers", "fastapi", "pygls", "httpx", "pydantic"},
+    "kernels/cpu": {"triton"},
     "kernels/reference": {"triton"},
     "engine": {"triton", "transformers", "fastapi", "pygls", "httpx", "pydantic", "uvicorn"},
     "server": {"triton", "transformers", "pygls"},

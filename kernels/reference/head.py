@@ -53,7 +53,7 @@ def head(
         if banned is not None and ban_row is not None:
             ban = banned[ban_row[part]]
             x[:, : len(embedding)].masked_fill_(ban, -torch.inf)
-        ids, best = _best(x, top)
+        ids, best = best_of(x, top)
         highest = torch.tanh(best[:, :1] / softcap) * scale
 
         # From here on x is the logit less the highest one, which is finite for banned tokens too.
@@ -72,7 +72,7 @@ def head(
         top_probabilities[part] = e.gather(1, ids) / total
         log_probability[part] = -total.log()[:, 0]
         if uniforms is not None and sample is not None:
-            drawn = _draw(masses, e, uniforms[part])
+            drawn = draw(masses, e, uniforms[part])
             sample[part] = drawn.where(total[:, 0].isfinite(), ids[:, 0])
     return (
         top_ids[:, 0].clone(),
@@ -103,7 +103,7 @@ def _log_of(
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def _best(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def best_of(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """The best ids of scores [T, N], equals by lower id, and their scores, each [T, top].
 
     The order in which `topk` gives equals is open. One more than asked shows where there are any.
@@ -133,7 +133,7 @@ def _some_best(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if groups == x.shape[1]:
         best, ids = x.topk(count, dim=-1)
         return ids, best
-    grouped = x.view(len(x), -1, groups)
+    grouped = x.view(len(x), x.shape[1] // groups, groups)
     chosen = grouped.amax(1).topk(count, dim=-1).indices
     members = torch.arange(grouped.shape[1], device=x.device)[:, None] * groups
     ids = (chosen[:, None] + members).flatten(1)
@@ -151,11 +151,11 @@ def _ranked(x: Tensor, count: int) -> Tensor:
     return ((ordered.long() << 32) - ids).topk(count, dim=-1).indices
 
 
-def _draw(masses: Tensor, e: Tensor, uniforms: Tensor) -> Tensor:
+def draw(masses: Tensor, e: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens [T] drawn from weights e [T, V padded], whose sums over tiles are the masses."""
     tile = _invert(masses, uniforms[:, :1])
     index = tile[:, :, None].expand(-1, -1, TILE_TOKENS)
-    weights = e.view(len(e), -1, TILE_TOKENS).gather(1, index)[:, 0]
+    weights = e.view(len(e), e.shape[1] // TILE_TOKENS, TILE_TOKENS).gather(1, index)[:, 0]
     # In units of the tile's best, which may be very small beside the row's.
     weights = weights / weights.amax(-1, keepdim=True)
     return (tile * TILE_TOKENS + _invert(weights, uniforms[:, 1:]))[:, 0]

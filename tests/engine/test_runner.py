@@ -61,6 +61,7 @@ def runners(spec: Spec) -> list[DiffusionGemma | Runner]:
     return [
         model,
         Runner.of(model, belief_tokens=model.config.vocab_tokens),
+        Runner.of(model, impl="cpu", belief_tokens=model.config.vocab_tokens),
         device_runner(model),
     ]
 
