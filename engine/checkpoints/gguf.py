@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infilld.engine.chat import ChatTemplate
 from infilld.engine.checkpoints.gguf_blocks import FORMS, Form, packed, values
 from infilld.engine.checkpoints.gguf_file import GgufFile, StoredTensor, Strings, iterate
 from infilld.engine.checkpoints.quantizing import is_quantized
@@ -69,6 +70,7 @@ _IN_LAYER = {
 _FUSED, _SEPARATE = "ffn_gate_up_exps.weight", ("ffn_gate_exps.weight", "ffn_up_exps.weight")
 _ENCODER_SCALAR = "enc_layer_output_scale.weight"
 _ROPE_FREQUENCIES, _HEAD = "rope_freqs.weight", "output.weight"
+_TEMPLATE_KEYS = ("chat_template", "ggml.tokens")
 # A pair divided by this, or by more, does not turn.
 _STILL = 1e29
 # End a turn in the chat form of the model, beside the end of the text.
@@ -88,11 +90,15 @@ _SCALE_TYPES = {"float16": torch.float16, "float32": torch.float32}
 def gguf_in(folder: Path) -> Path | None:
     """The GGUF file of a folder, or the file itself; None where there is none.
 
+    Beside safetensors files it is not meant.
+
     Raises:
         CheckpointMismatch: several files, of which nobody says which one is meant.
     """
     if folder.suffix == ".gguf" and folder.is_file():
         return folder
+    if any(folder.glob("*.safetensors*")):
+        return None
     found = [path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj")]
     if len(found) > 1:
         raise CheckpointMismatch(
@@ -185,6 +191,36 @@ def inspect_gguf(path: Path, *, scales: ScaleType = "float16") -> CheckpointSumm
         format=model.format,
         parts=tabulate(lines),
         notes=notes,
+    )
+
+
+def gguf_config(path: Path) -> ModelConfig:
+    """Shapes, as the file's metadata says them.
+
+    Raises:
+        CheckpointMissing, CheckpointMismatch: as `read_gguf`.
+    """
+    return _config(GgufFile(path))
+
+
+def gguf_template(path: Path) -> ChatTemplate | None:
+    """The chat template in the file; None where there is none.
+
+    Raises:
+        CheckpointMissing, CheckpointMismatch: the file or the template cannot be read.
+    """
+    file = GgufFile(path)
+    source, tokens = (file.metadata.get(f"tokenizer.{key}") for key in _TEMPLATE_KEYS)
+    if not isinstance(source, str):
+        return None
+    named = {
+        f"{name}_token": number
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        for number in _whole_numbers(file, f"tokenizer.ggml.{key}_token_id")
+    }
+    texts = file.texts(tokens, set(named.values())) if isinstance(tokens, Strings) else {}
+    return ChatTemplate(
+        source, {name: texts[number] for name, number in named.items() if number in texts}
     )
 
 

@@ -160,17 +160,30 @@ class GgufFile:
     def places(self, strings: Strings, wanted: frozenset[str]) -> dict[str, int]:
         """Index of each wanted text in an array of strings, where it is there."""
         encoded = {text.encode(): text for text in wanted}
+        longest = max(map(len, encoded), default=0)
         found: dict[str, int] = {}
-        cursor = _Cursor(self._bytes, self.path, strings.start)
-        for index in range(strings.count):
-            length = cursor.length(1)
-            if length <= 64:
-                text = encoded.get(cursor.raw(length))
+        for index, (start, end) in enumerate(self._spans(strings)):
+            if end - start <= longest:
+                text = encoded.get(self._bytes[start:end].tobytes())
                 if text is not None:
                     found.setdefault(text, index)
-            else:
-                cursor.at += length
         return found
+
+    def texts(self, strings: Strings, wanted: set[int]) -> dict[int, str]:
+        """The strings of an array with the wanted indices, where they are there."""
+        return {
+            index: self._bytes[start:end].tobytes().decode(errors="replace")
+            for index, (start, end) in enumerate(self._spans(strings))
+            if index in wanted
+        }
+
+    def _spans(self, strings: Strings) -> Iterator[tuple[int, int]]:
+        """Where each string of an array lies, [start, end)."""
+        at, read, view = strings.start, struct.Struct("<Q").unpack_from, self._bytes.data
+        for _ in range(strings.count):
+            end = at + 8 + read(view, at)[0]
+            yield at + 8, end
+            at = end
 
     def _counts(self, cursor: "_Cursor") -> tuple[int, int]:
         if len(self._bytes) < 4 or cursor.raw(4) != _MAGIC:

@@ -54,7 +54,7 @@ def read_weights(
         CheckpointMismatch: not a DiffusionGemma, a format that cannot be read, or tensors and
             configuration disagree.
     """
-    if (path := _gguf_file(source)) is not None:
+    if (path := gguf_in(source)) is not None:
         return read_gguf(path, device=device, dtype=dtype)
     if is_kept(source):
         return read_kept(source, device=device, dtype=dtype)
@@ -126,7 +126,7 @@ def inspect_checkpoint(source: Path) -> CheckpointSummary:
         CheckpointMissing, CheckpointMismatch: as `read_weights`, but for what only the numbers
             tell (an untied head).
     """
-    if (path := _gguf_file(source)) is not None:
+    if (path := gguf_in(source)) is not None:
         return inspect_gguf(path)
     if is_kept(source):
         return inspect_kept(source)
@@ -145,11 +145,6 @@ def inspect_checkpoint(source: Path) -> CheckpointSummary:
         parts=tabulate(lines),
         notes=plan.notes,
     )
-
-
-def _gguf_file(source: Path) -> Path | None:
-    """The GGUF file that a path means; None: it means safetensors files."""
-    return None if any(source.glob("*.safetensors*")) else gguf_in(source)
 
 
 def _line(piece: Piece) -> StoredPart:

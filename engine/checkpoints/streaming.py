@@ -56,6 +56,7 @@ def read_quantized(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    computed_on: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> Weights:
     """The weights of a plain checkpoint in few bits, from what was kept of the last time, or anew.
@@ -66,7 +67,7 @@ def read_quantized(
     Args:
         source: folder of a plain checkpoint.
         quantization: kind and group.
-        device: where the weights go, and where they are quantized.
+        device: where the weights go. computed_on: where they are quantized; None: there too.
         dtype: of plain weights; they are kept as the source has them.
         progress: told of bytes that are done; not called where nothing has to be done.
 
@@ -74,6 +75,7 @@ def read_quantized(
         CheckpointMissing, CheckpointMismatch: the source cannot be read, or is quantized already.
     """
     plan = _plan_of(source)
+    computing = torch.device(device if computed_on is None else computed_on)
     root = cache_folder()
     folder = root / _fingerprint(source, plan, quantization)
     with _locked(root, folder.name) as is_writable:
@@ -84,14 +86,14 @@ def read_quantized(
         if is_writable and shutil.disk_usage(root).free >= needed_bytes + _ROOM_BYTES:
             try:
                 _forget_older(root, source, quantization)
-                _write(folder, source, plan, quantization, torch.device(device), progress)
+                _write(folder, source, plan, quantization, computing, progress)
                 return kept.read_kept(folder, device=device, dtype=dtype)
             except OSError as error:
                 log.warning("%s: the quantized weights are not kept: %s", folder, error)
         else:
             log.warning("%s: no room to keep %.1f GB", root, needed_bytes / 1e9)
     tensors: dict[str, Tensor | QuantizedWeight] = {}
-    for name, held in _stream(plan, quantization, torch.device(device), progress):
+    for name, held in _stream(plan, quantization, computing, progress):
         tensors[name] = _placed(held, device, dtype)
     return Weights(
         config=plan.config,
@@ -148,7 +150,7 @@ def _plan_of(source: Path) -> Plan:
         raise CheckpointMismatch(
             f"{source} is quantized already ({kept.METHOD})", remedy="Use it as it is."
         )
-    if not any(source.glob("*.safetensors*")) and gguf_in(source) is not None:
+    if gguf_in(source) is not None:
         raise CheckpointMismatch(
             f"{source} holds a GGUF file, expected plain safetensors files",
             remedy="Use it as it is.",

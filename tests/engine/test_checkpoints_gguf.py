@@ -15,6 +15,7 @@ from infilld.engine.checkpoints.gguf import gguf_in, gguf_sampler, inspect_gguf,
 from infilld.engine.checkpoints.gguf_blocks import FORMS
 from infilld.engine.checkpoints.gguf_file import GgufFile
 from infilld.engine.checkpoints.quantizing import is_quantized
+from infilld.engine.checkpoints.sources import config_of, folder_of, sampler_of, template_of
 from infilld.engine.errors import CheckpointMismatch, CheckpointMissing
 from infilld.kernels._weights import QuantizedWeight
 
@@ -194,11 +195,44 @@ class TestMetadata:
         assert sampler.eos_ids == (1, 5, 7)
         assert sampler.pad_id == 0
 
+    def test_what_is_no_weight_comes_from_the_file(self, tmp_path: Path) -> None:
+        def metadata(writer: gguf.GGUFWriter) -> None:
+            writer.add_chat_template("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+            writer.add_uint32("diffusion.eb_max_steps", 24)
+
+        written = write_gguf(tmp_path, _f32, config=NARROW, metadata=metadata)
+        for source in (written.path, tmp_path):
+            assert folder_of(source) == tmp_path
+            assert config_of(source) == written.config
+            assert sampler_of(source).max_steps == 24
+            template = template_of(source)
+            assert template is not None
+            assert template.render([{"role": "user", "content": "x"}]) == "<bos>x<eos>"
+
+    def test_files_beside_it_win(self, tmp_path: Path) -> None:
+        def metadata(writer: gguf.GGUFWriter) -> None:
+            writer.add_chat_template("inside")
+            writer.add_uint32("diffusion.eb_max_steps", 24)
+
+        path = write_gguf(tmp_path, _f32, config=NARROW, metadata=metadata).path
+        (tmp_path / "generation_config.json").write_text('{"max_denoising_steps": 12}')
+        (tmp_path / "chat_template.jinja").write_text("beside")
+        assert sampler_of(path).max_steps == 12
+        template = template_of(path)
+        assert template is not None
+        assert template.render([]) == "beside"
+
+    def test_a_file_without_a_template(self, tmp_path: Path) -> None:
+        assert template_of(write_gguf(tmp_path, _f32, config=NARROW).path) is None
+
     def test_a_folder_with_one_file(self, tmp_path: Path) -> None:
         assert gguf_in(tmp_path) is None
         written = write_gguf(tmp_path, _f32, config=NARROW)
         (tmp_path / "mmproj-model.gguf").write_bytes(b"pictures")
         assert gguf_in(tmp_path) == gguf_in(written.path) == written.path
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        assert gguf_in(tmp_path) is None
+        (tmp_path / "model.safetensors").unlink()
         (tmp_path / "other.gguf").write_bytes(b"GGUF")
         with pytest.raises(CheckpointMismatch, match="holds 2 GGUF files"):
             gguf_in(tmp_path)
