@@ -2,42 +2,27 @@
 
 import gc
 import logging
-from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from infilld.engine.checkpoints.loading import inspect_checkpoint, read_weights
+from infilld.engine.checkpoints.streaming import read_quantized
 from infilld.engine.config import ModelConfig, SamplerConfig
 from infilld.engine.device_runner import DeviceRunner
 from infilld.engine.errors import CheckpointMismatch, NotEnoughMemory, UnsupportedDevice
 from infilld.engine.infill import Infiller
 from infilld.engine.layout import layout_of
-from infilld.engine.memory import KeyValues, WeightBytes, budget_of, plan_memory, refuse_too_large
+from infilld.engine.memory import KeyValues, budget_of, refuse_too_large
+from infilld.engine.placement import GPU_DTYPE, NO_LIMITS, Limits, place_on_gpu
 from infilld.engine.prompt import Controls, PromptLayout
 from infilld.engine.ranking import Calibration
 from infilld.engine.runner import Runner
 from infilld.engine.tokenizer import Tokenizer
 from infilld.kernels._launch import KernelUnavailable, require_triton
 
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What may be used of a GPU; None: what fits.
-
-    Attributes:
-        context_tokens: longest prompt that room is kept for.
-        memory_bytes: of the device.
-        key_values: how prompts are held.
-    """
-
-    context_tokens: int | None = None
-    memory_bytes: int | None = None
-    key_values: KeyValues | None = None
-
-
-NO_LIMITS = Limits()
 _CACHE_DTYPES: dict[KeyValues, torch.dtype] = {
     "float32": torch.float32,
     "bf16": torch.bfloat16,
@@ -78,45 +63,61 @@ def load_infiller(folder: Path, device: str = "auto", limits: Limits = NO_LIMITS
 
 
 def _on_cpu(folder: Path) -> Runner:
-    # bfloat16 products are 4 to 5 times as fast as float32 only on CPUs that have them, and a
-    # starter-sized model is bound by launches, not products: float32 is exact everywhere.
+    # In what type weights are multiplied is measured for each of them, see `PackedWeight`.
     device, dtype = torch.device("cpu"), torch.float32
     weights = read_weights(folder, device=device, dtype=dtype)
     tensors = dict(weights.tensors)
-    return Runner(weights.config, tensors, device=device, dtype=dtype, impl="reference")
+    is_plain = all(isinstance(each, torch.Tensor) for each in tensors.values())
+    impl: Literal["cpu", "reference"] = "cpu" if is_plain else "reference"
+    return Runner(weights.config, tensors, device=device, dtype=dtype, impl=impl)
 
 
 def _on_gpu(folder: Path, device: torch.device, limits: Limits) -> DeviceRunner:
-    dtype = torch.bfloat16
     summary = inspect_checkpoint(folder)
     _refuse_without_kernels(summary.config)
-    plan = plan_memory(
-        summary.config,
-        WeightBytes.of(summary, dtype),
-        on_gpu=True,
-        context_tokens=limits.context_tokens,
-        key_values=limits.key_values,
-        budget_bytes=budget_of(device, limits.memory_bytes),
-    )
-    if limits.context_tokens is None and not plan.fits and (fitting := plan.largest_context()):
-        # Nobody asked for that much.
-        plan = replace(plan, context_tokens=fitting)
+    placement = place_on_gpu(summary, limits, budget_of(device, limits.memory_bytes))
+    plan = placement.plan
     log.info("%s\n%s", folder, plan.table())
     refuse_too_large(plan)
-    # Read into the host's memory: each weight then goes to the device as the tiles it becomes.
-    weights = read_weights(folder, device=torch.device("cpu"), dtype=dtype)
+    # Into the host's memory: each weight then goes to the device as the tiles it becomes there.
+    host = torch.device("cpu")
+    if placement.quantization is None:
+        weights = read_weights(folder, device=host, dtype=GPU_DTYPE)
+    else:
+        weights = read_quantized(
+            folder,
+            placement.quantization,
+            device=host,
+            dtype=GPU_DTYPE,
+            computed_on=device,
+            progress=_Told(folder),
+        )
     runner = DeviceRunner(
         weights.config,
         dict(weights.tensors),
         device=device,
-        dtype=dtype,
+        dtype=GPU_DTYPE,
         impl="gpu",
         slots=plan.slots,
         context_tokens=plan.context_tokens,
         cache_dtype=_CACHE_DTYPES[plan.key_values],
     )
+    del weights
     runner.warm_up()
     return runner
+
+
+class _Told:
+    """Tells the log how far the quantizing of a checkpoint is, a tenth at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._tenths = folder, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenths = 10 * done // max(1, total)
+        if tenths > self._tenths:
+            self._tenths = tenths
+            log.info("%s: %d %% quantized", self._folder, 10 * tenths)
 
 
 def _layout(tokenizer: Tokenizer, folder: Path) -> PromptLayout:

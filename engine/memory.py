@@ -161,17 +161,22 @@ class MemoryPlan:
             f"{name:<26}{gigabytes(count):>10}  {remark}".rstrip() for name, count, remark in rows
         )
 
+    def with_context(self, tokens: int) -> "MemoryPlan":
+        """The same plan for a context of so many tokens."""
+        one = _key_value_bytes(self.config, tokens, self.key_values)
+        return replace(self, context_tokens=tokens, key_value_bytes=self.slots * one)
+
     def largest_context(self) -> int:
         """Longest context with which it fits, in steps of 256 tokens; 0: not even one step."""
         most = longest_context(self.config)
         if self.budget_bytes is None:
             return most
-        if _at(self, most).fits:
+        if self.with_context(most).fits:
             return most
         low, high = 0, math.ceil(most / _CONTEXT_STEP_TOKENS)
         while high - low > 1:
             middle = (low + high) // 2
-            if _at(self, middle * _CONTEXT_STEP_TOKENS).fits:
+            if self.with_context(middle * _CONTEXT_STEP_TOKENS).fits:
                 low = middle
             else:
                 high = middle
@@ -267,7 +272,7 @@ def alternatives(plan: MemoryPlan) -> tuple[MemoryPlan, ...]:
             context = tried.context_tokens if tried.fits else tried.largest_context()
             # What holds no more than an offer that changes less is none.
             if context > max((offer.context_tokens for offer in offers), default=0):
-                offers.append(_at(tried, context))
+                offers.append(tried.with_context(context))
     return tuple(offers)
 
 
@@ -299,11 +304,6 @@ def budget_of(device: torch.device, limit_bytes: int | None = None) -> int | Non
 def gigabytes(count: int) -> str:
     """Bytes for people, in GB of 10^9, or in MB below 0.1 GB."""
     return f"{count / 1e9:.2f} GB" if count >= 100_000_000 else f"{count / 1e6:.1f} MB"
-
-
-def _at(plan: MemoryPlan, context_tokens: int) -> MemoryPlan:
-    one = _key_value_bytes(plan.config, context_tokens, plan.key_values)
-    return replace(plan, context_tokens=context_tokens, key_value_bytes=plan.slots * one)
 
 
 def _key_value_bytes(config: ModelConfig, context_tokens: int, held: KeyValues) -> int:
@@ -339,7 +339,7 @@ def _workspace_bytes(config: ModelConfig, *, on_gpu: bool) -> int:
 
 def _advice(plan: MemoryPlan, offers: tuple[MemoryPlan, ...]) -> str:
     if not offers:
-        least = _at(plan, 0).total_bytes
+        least = plan.with_context(0).total_bytes
         return f"Choose a smaller model; this one needs {gigabytes(least)} before any context."
     said = []
     for offer in offers:

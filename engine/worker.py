@@ -37,14 +37,13 @@ from infilld.engine.errors import (
 )
 from infilld.engine.infill import Hooks, Infiller
 from infilld.engine.loading import (
-    NO_LIMITS,
-    Limits,
     free_memory,
     load_infiller,
     pick_device,
     starter_folder,
 )
 from infilld.engine.passes import CanvasPass, Work
+from infilld.engine.placement import NO_LIMITS, Limits
 from infilld.engine.prefetch import Answers
 from infilld.engine.reading import Reading
 from infilld.engine.request import InfillRequest, InfillResult, Reason

@@ -123,19 +123,13 @@ def _serve(options: argparse.Namespace, wanted: Settings) -> int:
 
 
 def _make_worker(wanted: Settings) -> Any:
-    from infilld.engine.loading import Limits
     from infilld.engine.worker import Worker
 
-    gigabytes, tokens = wanted.memory_gb, wanted.context_tokens
     return Worker(
         wanted.model_folder,
         device=wanted.device,
         idle_unload_minutes=wanted.idle_unload_minutes,
-        limits=Limits(
-            context_tokens=None if tokens == "auto" else tokens,
-            memory_bytes=None if gigabytes == "auto" else int(gigabytes * 1e9),
-            key_values=None if wanted.key_values == "auto" else wanted.key_values,
-        ),
+        limits=models.limits_of(wanted),
     )
 
 

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from infilld.server import discovery, files, settings
 from infilld.server.flags import whole
 from infilld.server.settings import STARTER, Problem, Settings, SettingsProblem
+
+if TYPE_CHECKING:
+    from infilld.engine.placement import Limits
 
 _ACTIONS = ("list", "inspect", "use", "quantize")
 _MODEL_LINE = re.compile(r"^[ \t]*model[ \t]*=.*$", re.MULTILINE)
@@ -89,22 +92,30 @@ def folder_of(model: str) -> Path:
     return Path(os.path.abspath(Path(model).expanduser()))
 
 
+def limits_of(wanted: Settings) -> "Limits":
+    """What may be used of a GPU, as the engine takes it."""
+    from infilld.engine.placement import Limits
+
+    return Limits(
+        context_tokens=None if wanted.context_tokens == "auto" else wanted.context_tokens,
+        memory_bytes=None if wanted.memory_gb == "auto" else round(wanted.memory_gb * 1e9),
+        key_values=None if wanted.key_values == "auto" else wanted.key_values,
+        weights=None if wanted.weights == "auto" else wanted.weights,
+    )
+
+
 def inspect(
     folder: Path,
     device: str,
-    *,
-    context_tokens: int | None = None,
-    memory_bytes: int | None = None,
-    key_values: Literal["bf16", "fp8"] | None = None,
+    limits: "Limits | None" = None,
 ) -> dict[str, object]:
     """What a checkpoint holds and whether it fits, from file headers alone.
 
     Args:
         folder: of the checkpoint, or a GGUF file.
         device: as in the settings.
-        context_tokens: prompt to keep room for; None: 32,768, or what the model reads.
-        memory_bytes: of a GPU that is planned for instead of the device; None: what is free there.
-        key_values: how prompts are held on a GPU; None: bf16.
+        limits: as the daemon's. A limit of memory means a GPU that is planned for instead of the
+            device; None: what is free there.
 
     Raises:
         ModelError: it cannot be read, the device cannot be used, or the model reads less context.
@@ -113,20 +124,23 @@ def inspect(
 
     from infilld.engine import memory
     from infilld.engine.checkpoints.loading import inspect_checkpoint
+    from infilld.engine.placement import NO_LIMITS, place_on_gpu
     from infilld.engine.worker import pick_device
 
+    limits = limits or NO_LIMITS
+    memory_bytes = limits.memory_bytes
     found, chosen = inspect_checkpoint(folder), pick_device(device)
-    on_gpu = chosen.type == "cuda" or memory_bytes is not None
-    # As the worker loads it: two bytes a plain number on a GPU, four on a CPU.
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    plan = memory.plan_memory(
-        found.config,
-        memory.WeightBytes.of(found, dtype),
-        on_gpu=on_gpu,
-        context_tokens=context_tokens,
-        key_values=key_values if on_gpu else None,
-        budget_bytes=memory.budget_of(chosen, memory_bytes),
-    )
+    budget = memory.budget_of(chosen, memory_bytes)
+    if chosen.type == "cuda" or memory_bytes is not None:
+        plan = place_on_gpu(found, limits, budget).plan
+    else:
+        plan = memory.plan_memory(
+            found.config,
+            memory.WeightBytes.of(found, torch.float32),
+            on_gpu=False,
+            context_tokens=limits.context_tokens,
+            budget_bytes=budget,
+        )
     config = found.config
     return {
         "folder": str(folder),
@@ -213,13 +227,7 @@ def _list(wanted: Settings, *, as_json: bool) -> int:
 
 
 def _inspect(name: str, wanted: Settings, *, as_json: bool) -> int:
-    report = inspect(
-        folder_of(name),
-        wanted.device,
-        context_tokens=None if wanted.context_tokens == "auto" else wanted.context_tokens,
-        memory_bytes=None if wanted.memory_gb == "auto" else round(wanted.memory_gb * 1e9),
-        key_values=None if wanted.key_values == "auto" else wanted.key_values,
-    )
+    report = inspect(folder_of(name), wanted.device, limits_of(wanted))
     if as_json:
         sys.stdout.write(json.dumps(report, indent=2) + "\n")
         return 0

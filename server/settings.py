@@ -15,6 +15,7 @@ from typing import Literal
 STARTER = "starter"
 DEFAULT_PORT = 8741
 LOG_LEVELS = ("debug", "info", "warning", "error")
+WEIGHTS = ("auto", "plain", "int4", "int8")
 KEY_VALUES = ("auto", "bf16", "fp8")
 _PREFIX = "INFILLD_"
 # A year: a timer that is set for longer than this means never.
@@ -69,6 +70,8 @@ class Settings:
         context_tokens: longest prompt to keep room for; "auto": what fits, up to 32,768. On a GPU.
         memory_gb: what may be used of the GPU, in GB of 10^9 bytes; "auto": most of what is free.
         key_values: how the prompt is held on a GPU: "bf16" or "fp8"; "auto": bf16.
+        weights: what a plain checkpoint's weights become on a GPU: "plain", "int4" or "int8";
+            "auto": int4 from 4 GB on.
         idle_unload_minutes: after so long without a request the model is dropped, and loaded
             again at the next; 0: never; "auto": 15 for 1 GiB or more on a GPU, else never.
     """
@@ -85,6 +88,7 @@ class Settings:
     context_tokens: int | Literal["auto"] = "auto"
     memory_gb: float | Literal["auto"] = "auto"
     key_values: Literal["auto", "bf16", "fp8"] = "auto"
+    weights: Literal["auto", "plain", "int4", "int8"] = "auto"
     idle_unload_minutes: float | Literal["auto"] = "auto"
 
     @property
@@ -211,12 +215,6 @@ def _bool(value: object, folder: Path) -> bool:
     return value
 
 
-def _log_level(value: object, folder: Path) -> str:
-    if value not in LOG_LEVELS:
-        raise ValueError(f"expected one of {', '.join(LOG_LEVELS)}")
-    return str(value)
-
-
 def _minutes(value: object, folder: Path) -> float | Literal["auto"]:
     if value == "auto":
         return "auto"
@@ -256,10 +254,13 @@ def _gigabytes(value: object, folder: Path) -> float | Literal["auto"]:
     return gigabytes
 
 
-def _key_values(value: object, folder: Path) -> str:
-    if value not in KEY_VALUES:
-        raise ValueError(f"expected one of {', '.join(KEY_VALUES)}")
-    return str(value)
+def _one_of(words: tuple[str, ...]) -> Callable[[object, Path], str]:
+    def read(value: object, folder: Path) -> str:
+        if value not in words:
+            raise ValueError(f"expected one of {', '.join(words)}")
+        return str(value)
+
+    return read
 
 
 _READERS: Mapping[str, Callable[[object, Path], object]] = {
@@ -269,10 +270,11 @@ _READERS: Mapping[str, Callable[[object, Path], object]] = {
     "port": _port,
     "state_dir": _path,
     "auth": _bool,
-    "log_level": _log_level,
+    "log_level": _one_of(LOG_LEVELS),
     "context_tokens": _tokens,
     "memory_gb": _gigabytes,
-    "key_values": _key_values,
+    "key_values": _one_of(KEY_VALUES),
+    "weights": _one_of(WEIGHTS),
     "idle_unload_minutes": _minutes,
 }
 KEYS = tuple(f.name for f in fields(Settings))
@@ -287,5 +289,6 @@ HELP: Mapping[str, str] = {
     "context_tokens": "longest prompt to keep room for on a GPU; auto",
     "memory_gb": "what may be used of the GPU, GB of 10^9 bytes; auto",
     "key_values": f"how prompts are held on a GPU: {', '.join(KEY_VALUES)}",
+    "weights": f"what a plain checkpoint becomes on a GPU: {', '.join(WEIGHTS)}",
     "idle_unload_minutes": "drop the model after so long without a request; 0: never; auto",
 }

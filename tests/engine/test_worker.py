@@ -26,8 +26,8 @@ from infilld.engine.errors import (
     UnsupportedDevice,
 )
 from infilld.engine.infill import Infiller
-from infilld.engine.loading import Limits
 from infilld.engine.passes import CanvasPass
+from infilld.engine.placement import Limits
 from infilld.engine.reading import Reading
 from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult, Span
 from infilld.engine.training.export import export_model
