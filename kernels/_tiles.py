@@ -27,6 +27,9 @@ SCALE_FACTOR = 2.0**120
 HIGH_NIBBLE_SCALE_FACTOR = 2.0**116
 BIAS_FACTOR = 2.0**-13
 LARGEST_BF16_SCALE = 256.0
+# E4M3 scales are stored with five bits of exponent, so that a sum makes a bfloat16 of them; 0 is
+# stored as 0, whose sum is next to nothing.
+E5M3_EXPONENT = 22
 # Integers with one scale a row are decoded as code / 64.
 ROW_SCALE_FACTOR = 64.0
 
@@ -121,7 +124,7 @@ class TiledWeight:
         codes: int32 [E, n_tiles, k_tiles, words]; E is 1 where there are no experts.
         scales: words int32 [E, n_tiles, k_tiles, block_n, groups] of two 16-bit scales, or int64 of
             two float32, the first half's low; nvfp4: int32 [..., block_n, 2], bytes of one half
-            each; one scale a row: float32 [E, n_tiles, block_n].
+            each (`e5m3`); one scale a row: float32 [E, n_tiles, block_n].
         scale_dtype: what the words hold.
         biases: like the scales, or None.
         factor: float32 [E].
@@ -162,6 +165,12 @@ class TiledWeight:
         """The same on another device."""
         moved = {name: part.to(device) for name, part in self.parts.items()}
         return replace(self, **moved)  # type: ignore[arg-type]
+
+
+def e5m3(scales: Tensor) -> Tensor:
+    """Bytes of E4M3 numbers that are not negative, as scales of nvfp4 are stored."""
+    bits = scales.float().view(torch.int32) >> 20
+    return torch.where(bits == 0, 0, bits - (127 - E5M3_EXPONENT) * 8).to(torch.uint8)
 
 
 def _rounded_up(count: int, step: int) -> int:

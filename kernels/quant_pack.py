@@ -1,5 +1,6 @@
 """Weights in few bits, from rows to the tiles that a GPU's matmuls read."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,9 +19,10 @@ def quant_pack(
 ) -> TiledWeight:
     """The same weight in tiles; every code and every scale keeps its value.
 
-    Rows and columns that fill up the last tiles repeat others: a matmul does not read what they
-    give. Scales are stored times powers of two, as `_tiles` says. It waits for the device, to
-    look at the scales: pack when loading.
+    Only codes of nvfp4 whose scale is 0 become 0, which changes no value. Rows and columns that
+    fill up the last tiles repeat others: a matmul does not read what they give. Scales are stored
+    times powers of two, as `_tiles` says. It waits for the device, to look at the scales: pack
+    when loading.
 
     Args:
         weight: [N, K], or [E, N, K] for experts.
@@ -30,8 +32,8 @@ def quant_pack(
         impl: implementation; nothing falls back to another one.
 
     Raises:
-        ValueError: groups that are no multiple of 16, scales that are not finite or, in bfloat16,
-            256 and more, codes that are NaN.
+        ValueError: groups that are no multiple of 16, scales that are not finite, in bfloat16
+            256 and more or with nvfp4 negative, codes that are NaN.
         KernelUnavailable: this implementation cannot run here.
     """
     if len(weight.shape) not in (2, 3):
@@ -41,6 +43,9 @@ def quant_pack(
     if capability is None:
         capability = _capability(weight.device)
     _check_values(weight)
+    if weight.kind == "nvfp4":
+        is_zero = (weight.scales.view(torch.uint8) == 0).repeat_interleave(weight.group // 2, -1)
+        weight = replace(weight, codes=weight.codes.masked_fill(is_zero, 0))
     layout = tile_layout(weight, capability=capability, gated=gated)
     if impl == "gpu":
         require_triton("quant_pack")
@@ -62,12 +67,11 @@ def _capability(device: torch.device) -> int:
 def _check_values(weight: QuantizedWeight) -> None:
     scales = weight.scales
     if weight.kind == "nvfp4":
-        scales = scales.view(torch.uint8) & 127
-        is_bad = (scales == 127).any()
+        is_bad = (scales.view(torch.uint8) > 126).any()
     else:
         limit = LARGEST_BF16_SCALE if scales.dtype == torch.bfloat16 else torch.inf
         is_bad = ~(scales.abs() < limit).all()
     if bool(is_bad):
-        raise ValueError("a scale is NaN or too large")
+        raise ValueError("a scale is NaN, too large or negative where it may not be")
     if weight.kind == "fp8" and bool(((weight.codes.view(torch.uint8) & 127) == 127).any()):
         raise ValueError("a code is NaN")

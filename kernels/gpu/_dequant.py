@@ -246,12 +246,12 @@ def scaled_columns(
     Args:
         word0: words [N, H / 4] of int32: both halves' nibbles, or the first half's bytes.
         word1: the second half's bytes; with nibbles not read.
-        scale: words [N, GROUPS] of both halves' scales; with nvfp4 a pair of float32 tensors.
+        scale: words [N, GROUPS] of both halves' scales; with nvfp4 a word [N] for each half.
         bias: words [N, GROUPS] where there are biases.
     """
     if KIND == "nvfp4":
-        m0 = _spread_pairs(_bf16_pairs(scale[0]), GROUPS, PERMUTED, N, H)
-        m1 = _spread_pairs(_bf16_pairs(scale[1]), GROUPS, PERMUTED, N, H)
+        m0 = _spread_pairs(_e5m3_pairs(scale[0], GROUPS), GROUPS, PERMUTED, N, H)
+        m1 = _spread_pairs(_e5m3_pairs(scale[1], GROUPS), GROUPS, PERMUTED, N, H)
         a0, a1, a2, a3, b0, b1, b2, b3 = tl.inline_asm_elementwise(
             ASM, CONSTRAINTS, [word0, m0, m1], (tl.int16,) * 8, True, 1
         )
@@ -297,10 +297,35 @@ def scaled_columns(
 
 
 @triton.jit
-def _bf16_pairs(s):
-    """Pairs of s * 2^118, where s is an E4M3 number: 2^8 less than the codes lack, to fit."""
-    bits = (s * 3.32306998946229e35).to(tl.int32, bitcast=True)
-    return bits | ((bits >> 16) & 0xFFFF)
+def _e5m3_pair(word, SHIFT: tl.constexpr):
+    """Pairs of scales times 2^118: 2^8 less than the codes lack, to fit a bfloat16."""
+    # To bits 4 to 11 of both halves, and 223 = 118 + 127 - 22 to the exponents.
+    return ((word >> SHIFT) & 255) * 0x100010 + 0x6F806F80
+
+
+@triton.jit
+def _e5m3_pairs(word, GROUPS: tl.constexpr):
+    """Pairs [N, GROUPS] from the words of four scales [N].
+
+    Joined, not shifted by a range: a range would keep Triton from loading words of codes where
+    they are multiplied, and send all weights through shared memory.
+    """
+    pairs = _e5m3_pair(word, 0)[:, None]
+    if GROUPS == 2:
+        pairs = tl.join(_e5m3_pair(word, 0), _e5m3_pair(word, 8))
+    elif GROUPS == 4:
+        even = tl.join(_e5m3_pair(word, 0), _e5m3_pair(word, 16))
+        odd = tl.join(_e5m3_pair(word, 8), _e5m3_pair(word, 24))
+        pairs = tl.join(even, odd).reshape(word.shape[0], GROUPS)
+    return pairs
+
+
+@triton.jit
+def e5m3_value(word, GROUPS: tl.constexpr):
+    """float32 [N, GROUPS] of words of four scales [N]."""
+    byte = (word[:, None] >> (tl.arange(0, GROUPS) * 8)[None, :]) & 255
+    bits = (byte << 20) + (105 << 23)
+    return tl.where(byte == 0, 0.0, bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit

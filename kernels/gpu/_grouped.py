@@ -14,7 +14,7 @@ from infilld.kernels.gpu._dequant import (
     code_columns,
     constraints,
     decoder,
-    e4m3_value,
+    e5m3_value,
     round_to_bf16,
     scaled_columns,
     spread,
@@ -22,7 +22,6 @@ from infilld.kernels.gpu._dequant import (
 
 Operation = Literal["gate_up", "down", "linear"]
 WARPS = 4
-STAGES = 3
 # Columns of half a tile of weights that are no codes: 128 rows of them take 16 KB.
 PLAIN_HALF = 32
 # A part of a split sum takes at least so many tiles.
@@ -63,19 +62,18 @@ def _words(ptr, N: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _e4m3_scales(ptr, N: tl.constexpr, GROUPS: tl.constexpr):
-    """The E4M3 scales of both halves of a tile, a word of four each: float32 [N, GROUPS]."""
+def _e5m3_words(ptr, N: tl.constexpr):
+    """The scales of both halves of a tile of nvfp4, a word of four each [N]."""
     o_n = tl.arange(0, N) * 2
-    o_bit = (tl.arange(0, GROUPS) * 8)[None, :]
-    first, second = tl.load(ptr + o_n), tl.load(ptr + o_n + 1)
-    return e4m3_value((first[:, None] >> o_bit) & 255), e4m3_value((second[:, None] >> o_bit) & 255)
+    return tl.load(ptr + o_n), tl.load(ptr + o_n + 1)
 
 
 @triton.jit
 def _scales(ptr, N: tl.constexpr, GROUPS: tl.constexpr, SCALE: tl.constexpr):
     """The scales of both halves of a tile, float32 [N, GROUPS] each."""
     if SCALE == "e4m3":
-        first, second = _e4m3_scales(ptr, N, GROUPS)
+        word0, word1 = _e5m3_words(ptr, N)
+        first, second = e5m3_value(word0, GROUPS), e5m3_value(word1, GROUPS)
     else:
         first, second = _split_word(_words(ptr, N, GROUPS), SCALE)
     return first, second
@@ -108,10 +106,7 @@ def _tiled_weights(
     if KIND == "int8" or KIND == "fp8":
         word1 = tl.load(p_words + N * H // 4, eviction_policy="evict_first")
     if SCALING == "bf16" and not INTERPRET:
-        if KIND == "nvfp4":
-            scale = _e4m3_scales(p_scales, N, GROUPS)
-        else:
-            scale = _words(p_scales, N, GROUPS)
+        scale = _e5m3_words(p_scales, N) if KIND == "nvfp4" else _words(p_scales, N, GROUPS)
         bias = scale
         if AFFINE:
             bias = _words(p_biases, N, GROUPS)
@@ -354,6 +349,14 @@ def row_classes(most_rows: int, capability: int) -> list[tuple[int, int]]:
     return [(few, size) for few, size in zip(fewest, sizes, strict=True) if few <= most_rows]
 
 
+def stages(capability: int) -> int:
+    """Tiles of the loop that are under way at once.
+
+    Where a multiprocessor has 100 KB of shared memory, more programs side by side are worth more.
+    """
+    return 3 if capability == 80 or 90 <= capability < 120 else 2
+
+
 def grouped(
     operation: Literal["gate_up", "down"],
     x: Tensor,
@@ -469,7 +472,7 @@ def _launch(
         BLOCK_T=block_t,
         INTERPRET=is_interpreted(),
         num_warps=WARPS,
-        num_stages=STAGES,
+        num_stages=stages(_machine(x.device)[0]),
     )
 
 

@@ -10,6 +10,7 @@ from infilld.kernels._tiles import (
     SCALE_FACTOR,
     TiledWeight,
     TileLayout,
+    e5m3,
 )
 from infilld.kernels._weights import CODES_PER_BYTE, QuantizedWeight
 
@@ -84,7 +85,7 @@ class _Packer:
         return self._words(biases, BIAS_FACTOR, BIAS_FACTOR)
 
     def _words(self, numbers: Tensor, first: float, second: float) -> Tensor:
-        bits = numbers.view(torch.uint8) if self.kind == "nvfp4" else numbers
+        bits = e5m3(numbers) if self.kind == "nvfp4" else numbers
         chosen = bits.index_select(0, self.rows).index_select(1, self.groups)
         halves = self._tiles(chosen, self.layout.groups)  # [n, k, 2, block_n, groups]
         if self.kind == "nvfp4":

@@ -14,6 +14,7 @@ from infilld.kernels._tiles import (
     SCALE_FACTOR,
     TiledWeight,
     TileLayout,
+    e5m3,
 )
 from infilld.kernels._weights import QuantizedWeight
 
@@ -98,7 +99,7 @@ def _words(
     # A word holds one group of both halves, or one half's groups, as bytes.
     shape = (n_tiles, k_tiles, lanes, 2, 4) if is_e4m3 else (n_tiles, k_tiles, lanes, groups, 2)
     words = torch.zeros(shape, dtype=torch.uint8 if is_e4m3 else numbers.dtype)
-    source = numbers.view(torch.uint8) if is_e4m3 else numbers
+    source = e5m3(numbers) if is_e4m3 else numbers
     places = product(range(n_tiles), range(k_tiles), range(lanes), range(groups), (0, 1))
     for i_n, i_k, lane, i_group, side in places:
         column = (2 * i_k + side) * layout.half + i_group * (layout.half // groups)

@@ -7,7 +7,7 @@ from few_bits import FORM_COLUMNS, FORMS, form, random_weight
 from interpreter import run_gpu
 from torch import Tensor
 
-from infilld.kernels._tiles import TiledWeight
+from infilld.kernels._tiles import TiledWeight, e5m3
 from infilld.kernels._weights import QuantizedWeight
 from infilld.kernels.dequantize import dequantize
 from infilld.kernels.quant_pack import quant_pack
@@ -120,11 +120,13 @@ class TestScales:
         tiled = quant_pack(weight, capability=80, impl="reference")
         assert torch.equal(tiled.scales.view(3, 16), weight.scales[..., 0])
 
-    def test_e4m3_scales_stay_bytes(self) -> None:
+    def test_e4m3_scales_are_bytes_with_more_exponents(self) -> None:
         weight = form("nvfp4", 16)
         tiled = quant_pack(weight, capability=80, impl="reference")
         found = tiled.scales.view(torch.uint8).view(16, 8)
-        assert torch.equal(found[:, :6], weight.scales.view(torch.uint8))
+        exponent, mantissa = found[:, :6].int() >> 3, found[:, :6].int() & 7
+        values = torch.ldexp(1 + mantissa / 8, exponent - 22)
+        assert torch.equal(values, weight.scales.float())
         assert weight.factor is not None
         assert torch.equal(tiled.factor, weight.factor.view(1))
 
@@ -171,7 +173,32 @@ def test_refuses_groups_that_fit_no_tile() -> None:
 def test_refuses_scales_that_overflow(scale: float) -> None:
     weight = form("int4-g32", 4)
     weight.scales[1, 2] = scale
-    with pytest.raises(ValueError, match="a scale is NaN or too large"):
+    with pytest.raises(ValueError, match="a scale is NaN, too large or negative"):
+        quant_pack(weight, impl="reference")
+
+
+def test_every_e4m3_scale_has_a_byte_of_its_own() -> None:
+    scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    found = e5m3(scales).int()
+    assert found[0] == 0
+    values = torch.ldexp(1 + (found & 7) / 8, (found >> 3) - 22)
+    assert torch.equal(values[1:], scales.float()[1:])
+
+
+def test_a_scale_of_zero_takes_its_codes_along() -> None:
+    weight = form("nvfp4", 2)
+    weight.scales[0, 1] = 0.0
+    tiled = quant_pack(weight, capability=80, impl="reference")
+    codes = [code_at(tiled, 0, 0, column) for column in range(48)]
+    assert codes[16:32] == [0] * 16
+    assert any(codes[:16])
+    assert any(codes[32:])
+
+
+def test_refuses_negative_scales_of_nvfp4() -> None:
+    weight = form("nvfp4", 2)
+    weight.scales[0, 1] = -1.0
+    with pytest.raises(ValueError, match="negative where it may not be"):
         quant_pack(weight, impl="reference")
 
 

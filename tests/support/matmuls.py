@@ -36,7 +36,7 @@ def compile_matmul(
     operation: str, capability: int, *, block_t: int, columns: int = 2816, **form: Any
 ) -> Loop:
     """Compile for 128 rows of weights; `form` as for `random_weight`, nothing: plain bfloat16."""
-    from infilld.kernels.gpu._grouped import STAGES, WARPS, constants, grouped_kernel
+    from infilld.kernels.gpu._grouped import WARPS, constants, grouped_kernel, stages
 
     if form:
         group = form.pop("group") or columns
@@ -73,7 +73,7 @@ def compile_matmul(
         capability=capability,
         warps=WARPS,
         aligned=(*aligned, "N", "K", "x_stride"),
-        stages=STAGES,
+        stages=stages(capability),
     )
     loop = min((body for body in loops(compiled.sass) if any("MMA" in o for o in body)), key=len)
     weights = fixed["BLOCK_N"] * 2 * fixed["HALF"]
