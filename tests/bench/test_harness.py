@@ -53,6 +53,27 @@ def test_one_json_line_per_case(harness: ModuleType, capsys: pytest.CaptureFixtu
     assert len(calls) >= harness.REPEATS
 
 
+def test_the_floor_is_the_longer_of_moving_and_computing(
+    harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "peak_named", lambda name: (1e9, 1e12))
+    floors = [
+        harness.timed(
+            "op",
+            "reference",
+            "cpu",
+            harness.Case(name="x", moved_bytes=2000, operations=operations, run=lambda: None),
+        )["floor_us"]
+        for operations in (0, 5_000_000)
+    ]
+    assert floors == [2.0, 5.0]
+
+
+def test_peaks_are_found_by_the_name_of_the_device(harness: ModuleType) -> None:
+    assert harness.peak_named("NVIDIA H200") == (4.8e12, 989e12)
+    assert harness.peak_named("cpu") is None
+
+
 def test_every_bench_gives_cases() -> None:
     folder = Path(__file__).parent
     assert sorted(folder.glob("bench_*.py"))

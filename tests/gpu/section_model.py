@@ -368,6 +368,15 @@ class _Bench:
             ids = self.ids(1, tokens, seed=tokens)[0]
             times = walls(partial(self._commit, ids), self.device, repeats=8)
             read = walls(partial(self.runner.read, [ids], self.cache), self.device, repeats=8)
+            self.notes.row(
+                "pieces",
+                tokens=tokens,
+                prefix=self.plan.home,
+                encode_ms=times.ms,
+                p20_ms=times.p20_ms,
+                p80_ms=times.p80_ms,
+                read_ms=read.ms,
+            )
 
     def memory_in_the_end(self) -> None:
         """Peaks over everything above."""
