@@ -318,8 +318,13 @@ WIDE_TILES = {
     256: Tile(16, 16, 8, 1),
     512: Tile(16, 16, 8, 1),
 }
-# sm_90 multiplies 64 rows at a time and has 227 KB.
-HOPPER_TILES = {256: Tile(128, 32, 8, 2), 512: Tile(64, 16, 8, 2, joins=True)}
+# By head size and whether attention is causal: sm_90 multiplies 64 rows at a time and has 227 KB.
+# A causal one with heads of 512 would spill.
+HOPPER_TILES = {
+    (256, False): Tile(128, 32, 8, 2),
+    (256, True): Tile(128, 32, 8, 2),
+    (512, False): Tile(64, 16, 8, 2, joins=True),
+}
 INTERPRETED_TILE = Tile(16, 16, 4, 1)
 
 
@@ -335,13 +340,15 @@ def tile_for(
     dtype: torch.dtype,
     past_dtype: torch.dtype,
     capability: tuple[int, int],
+    *,
+    causal: bool,
     rows: int,
 ) -> Tile:
     """How programs are cut for heads of this size, of at most `rows` rows."""
     tile = (WIDE_TILES if dtype == torch.float32 else NARROW_TILES)[head_size]
     # Unpacking float8 takes registers that the larger tiles do not leave.
     if capability[0] == 9 and dtype != torch.float32 and past_dtype.itemsize > 1:
-        tile = HOPPER_TILES.get(head_size, tile)
+        tile = HOPPER_TILES.get((head_size, causal), tile)
     return replace(tile, rows=min(tile.rows, max(16, triton.next_power_of_2(rows))))
 
 
@@ -404,7 +411,9 @@ def attend(
         tile, processors = INTERPRETED_TILE, INTERPRETED_PROCESSORS
     else:
         capability, processors = device_traits(q.device.index)
-        tile = tile_for(size, q.dtype, past_keys.dtype, capability, tokens * group)
+        tile = tile_for(
+            size, q.dtype, past_keys.dtype, capability, causal=causal, rows=tokens * group
+        )
     blocks = triton.cdiv(tokens * group, tile.rows)
     held = past_keys.shape[2]
     if window is not None:

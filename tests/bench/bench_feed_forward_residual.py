@@ -27,7 +27,9 @@ def _case(tokens: int, device: str, impl: str) -> Case:
         for rows in (tokens, tokens, routes)
     )
     place = torch.randperm(routes, generator=draw).to(torch.int32).to(device)
-    weights = [torch.randn(WIDTH, generator=draw).to(torch.bfloat16).to(device) for _ in range(4)]
+    dense_weight, expert_weight, after_weight, next_weight = (
+        torch.randn(WIDTH, generator=draw).to(torch.bfloat16).to(device) for _ in range(4)
+    )
     scalar = torch.ones(1, dtype=torch.bfloat16, device=device)
 
     def run() -> None:
@@ -36,7 +38,10 @@ def _case(tokens: int, device: str, impl: str) -> Case:
             dense,
             expert_rows,
             place,
-            *weights,
+            dense_weight,
+            expert_weight,
+            after_weight,
+            next_weight,
             scalar,
             eps=1e-6,
             impl=impl,  # type: ignore[arg-type]

@@ -223,24 +223,28 @@ def strided(call: dict[str, Any]) -> dict[str, Any]:
 
 BF16, F8 = torch.bfloat16, torch.float8_e4m3fn
 # A slot of 200 positions or more is cut into shares.
-WIDE = {"capacity": 200}
+WIDE = 200
 CASES = {name: make(ranges=ranges, tokens=tokens) for name, (ranges, tokens) in SPANS.items()}
 CASES |= {
-    "shares": make(ranges=[(2, 3, 190, 13)], tokens=13, **WIDE),
-    "shares-of-few-keys": make(ranges=[(1, 0, 20, 5), (0, 7, 0, 3)], tokens=5, **WIDE),
+    "shares": make(ranges=[(2, 3, 190, 13)], tokens=13, capacity=WIDE),
+    "shares-of-few-keys": make(ranges=[(1, 0, 20, 5), (0, 7, 0, 3)], tokens=5, capacity=WIDE),
     "shares-rows-differ": make(
-        ranges=[(2, 0, 200, 7), (0, 5, 3, 2), (1, 199, 1, 0), (0, 100, 65, 3)], tokens=7, **WIDE
+        ranges=[(2, 0, 200, 7), (0, 5, 3, 2), (1, 199, 1, 0), (0, 100, 65, 3)],
+        tokens=7,
+        capacity=WIDE,
     ),
     "several-blocks": make(ranges=[(0, 2, 9, 21), (1, 0, 4, 9)], tokens=21, heads=6),
-    "three-heads-a-key": make(ranges=[(0, 2, 150, 11)], tokens=11, heads=3, key_heads=1, **WIDE),
-    "bfloat16": make(ranges=[(0, 1, 150, 9), (1, 0, 3, 4)], tokens=9, dtype=BF16, **WIDE),
+    "three-heads-a-key": make(
+        ranges=[(0, 2, 150, 11)], tokens=11, heads=3, key_heads=1, capacity=WIDE
+    ),
+    "bfloat16": make(ranges=[(0, 1, 150, 9), (1, 0, 3, 4)], tokens=9, dtype=BF16, capacity=WIDE),
     "bfloat16-whole": make(ranges=[(0, 1, 15, 9)], tokens=9, heads=2, key_heads=1, dtype=BF16),
-    "float8": make(ranges=[(0, 1, 150, 9), (1, 0, 3, 4)], tokens=9, past_dtype=F8, **WIDE),
+    "float8": make(ranges=[(0, 1, 150, 9), (1, 0, 3, 4)], tokens=9, past_dtype=F8, capacity=WIDE),
     "float8-under-bfloat16": make(ranges=[(0, 1, 17, 5)], tokens=5, dtype=BF16, past_dtype=F8),
     "bfloat16-under-float32": make(ranges=[(0, 1, 17, 5)], tokens=5, past_dtype=BF16),
     "head-of-64": make(ranges=[(0, 1, 17, 5)], tokens=5, size=64),
     "head-of-512": make(ranges=[(0, 1, 17, 5)], tokens=5, heads=2, key_heads=1, size=512),
-    "strided": strided(make(ranges=[(0, 2, 150, 7), (1, 0, 4, 3)], tokens=7, **WIDE)),
+    "strided": strided(make(ranges=[(0, 2, 150, 7), (1, 0, 4, 3)], tokens=7, capacity=WIDE)),
 }
 _ROW = make(ranges=[(0, 0, 3, 2)], tokens=2)
 CASES["no-rows"] = _ROW | {name: _ROW[name][:0] for name in PER_ROW}
@@ -301,8 +305,8 @@ class TestShares:
 
 # Of a thread, with Triton 3.7.1, and a tenth more; 255 is all there are.
 MOST_REGISTERS = {
-    256: {80: 255, 89: 255, 90: 255, 120: 255},
-    512: {80: 200, 89: 200, 90: 255, 120: 200},
+    256: {80: 196, 89: 185, 90: 241, 120: 192},
+    512: {80: 194, 89: 195, 90: 255, 120: 196},
 }
 
 

@@ -9,9 +9,13 @@ from interpreter import run_gpu
 from tolerances import assert_close
 from torch import Tensor
 
-from infilld.engine.layers import rms_norm
+from infilld.engine.config import LayerKind, ModelConfig, Rope
+from infilld.engine.layers import Layer, RMSNorm, Rotation, gelu, rms_norm
 from infilld.kernels._launch import KernelUnavailable
+from infilld.kernels.attention_residual import attention_residual
 from infilld.kernels.feed_forward_residual import LayerOutput, feed_forward_residual
+from infilld.kernels.norm_rope import norm_rope
+from infilld.kernels.prefix_attention import prefix_attention
 
 EPS = 1e-6
 
@@ -99,6 +103,116 @@ class TestReference:
 
     def test_empty(self) -> None:
         assert [each.shape for each in run(make(tokens=0, width=8))] == [(0, 8)] * 2
+
+
+CONFIG = ModelConfig(
+    vocab_tokens=32,
+    width=24,
+    layers=2,
+    heads=4,
+    dense_width=20,
+    experts=6,
+    experts_per_token=3,
+    expert_width=12,
+    sliding_window=5,
+    rms_eps=EPS,
+    softcap=30.0,
+    canvas_tokens=16,
+    max_positions=64,
+    layer_kinds=("sliding", "full"),
+    key_heads={"sliding": 2, "full": 1},
+    head_sizes={"sliding": 8, "full": 16},
+    ropes={
+        "sliding": Rope(theta=1e4, rotary_fraction=1.0),
+        "full": Rope(theta=1e6, rotary_fraction=0.25),
+    },
+    eos_ids=(1,),
+    pad_id=0,
+    bos_id=2,
+)
+
+
+@torch.no_grad()
+def layer_of_operations(
+    layer: Layer, kind: LayerKind, x: Tensor, rotary: tuple[Tensor, Tensor], following: RMSNorm
+) -> LayerOutput:
+    """A causal layer over tokens [T, D], of operations and plain products."""
+    attention, window = layer.self_attn, CONFIG.sliding_window if kind == "sliding" else None
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    weight = torch.cat([each.weight for each in projections if each is not None])
+    key_heads, size = CONFIG.key_heads[kind], CONFIG.head_sizes[kind]
+    q, k, v = norm_rope(
+        layer.input_layernorm(x) @ weight.T,
+        attention.q_norm.weight,
+        attention.k_norm.weight,
+        *rotary,
+        heads=CONFIG.heads,
+        key_heads=key_heads,
+        eps=EPS,
+        impl="reference",
+    )
+    none = x.new_empty(1, key_heads, 0, size)
+    zero = torch.zeros(1, dtype=torch.int32)
+    attended = prefix_attention(
+        q, k, v, none, none, zero, zero, window=window, writes=False, impl="reference"
+    )
+    residual, dense_in, expert_in, router_in = attention_residual(
+        x,
+        attention.o_proj(attended),
+        layer.post_attention_layernorm.weight,
+        layer.pre_feedforward_layernorm.weight,
+        layer.pre_feedforward_layernorm_2.weight,
+        layer.router.scale,
+        eps=EPS,
+        impl="reference",
+    )
+    weights, ids = layer.router.proj(router_in).softmax(-1).topk(CONFIG.experts_per_token)
+    weights = weights / weights.sum(-1, keepdim=True) * layer.router.per_expert_scale[ids]
+    gate, up = torch.einsum("td,tkfd->tkf", expert_in, layer.experts.gate_up_proj[ids]).chunk(
+        2, dim=-1
+    )
+    down = layer.experts.down_proj[ids]
+    rows = torch.einsum("tkf,tkdf->tkd", gelu(gate) * up, down) * weights[..., None]
+    place = torch.randperm(ids.numel(), generator=torch.Generator().manual_seed(0))
+    return feed_forward_residual(
+        residual,
+        layer.mlp(dense_in),
+        rows.flatten(0, 1)[place.argsort()],
+        place.to(torch.int32),
+        layer.post_feedforward_layernorm_1.weight,
+        layer.post_feedforward_layernorm_2.weight,
+        layer.post_feedforward_layernorm.weight,
+        following.weight,
+        layer.layer_scalar,
+        eps=EPS,
+        impl="reference",
+    )
+
+
+@pytest.mark.parametrize("kind", ["sliding", "full"])
+@torch.no_grad()
+def test_operations_make_a_layer(kind: LayerKind) -> None:
+    draw = torch.Generator().manual_seed(1)
+    layer, following = Layer(CONFIG, kind), RMSNorm(CONFIG.width, EPS)
+    for parameter in (*layer.parameters(), *following.parameters(), layer.layer_scalar):
+        near = 1.0 if parameter.ndim == 1 else 0.0
+        parameter.copy_(near + torch.randn(parameter.shape, generator=draw) / 4)
+    x = torch.randn(9, CONFIG.width, generator=draw)
+    rotary = Rotation(CONFIG.ropes[kind], CONFIG.head_sizes[kind])(torch.arange(9), x.dtype)
+    distance = torch.arange(9)[:, None] - torch.arange(9)
+    mask = distance >= 0
+    if kind == "sliding":
+        mask &= distance < CONFIG.sliding_window
+
+    def attend(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=1.0, enable_gqa=True
+        )
+
+    expected = layer(x[None], rotary, attend, 0, layer.layer_scalar)[0]
+    found = layer_of_operations(layer, kind, x, rotary, following)
+    assert (found.x - expected).abs().max() < 2e-5
+    assert (found.normed - following(expected)).abs().max() < 2e-5
 
 
 @pytest.mark.parametrize(

@@ -219,20 +219,20 @@ class TestRefusals:
 
 BF16, F8 = torch.bfloat16, torch.float8_e4m3fn
 # A slot of 200 positions or more is cut into shares.
-WIDE = {"capacity": 200}
+WIDE = 200
 CASES = {
     name: make(tokens=tokens, count=count, window=window)
     for name, (tokens, count, window) in SPANS.items()
 }
 CASES |= {
-    "shares": make(tokens=13, count=170, **WIDE),
-    "shares-window": make(tokens=25, count=170, window=90, **WIDE),
-    "shares-of-few-keys": make(tokens=5, count=3, **WIDE),
-    "three-heads-a-key": make(tokens=21, count=50, heads=3, key_heads=1, **WIDE),
-    "six-heads-two-keys-window": make(tokens=21, count=50, window=9, heads=6, **WIDE),
+    "shares": make(tokens=13, count=170, capacity=WIDE),
+    "shares-window": make(tokens=25, count=170, window=90, capacity=WIDE),
+    "shares-of-few-keys": make(tokens=5, count=3, capacity=WIDE),
+    "three-heads-a-key": make(tokens=21, count=50, heads=3, key_heads=1, capacity=WIDE),
+    "six-heads-two-keys-window": make(tokens=21, count=50, window=9, heads=6, capacity=WIDE),
     "read-only": make(tokens=5, count=40, writes=False),
-    "bfloat16": make(tokens=9, count=101, window=70, dtype=BF16, **WIDE),
-    "float8": make(tokens=9, count=101, past_dtype=F8, **WIDE),
+    "bfloat16": make(tokens=9, count=101, window=70, dtype=BF16, capacity=WIDE),
+    "float8": make(tokens=9, count=101, past_dtype=F8, capacity=WIDE),
     "float8-under-bfloat16": make(tokens=5, count=20, dtype=BF16, past_dtype=F8),
     "bfloat16-under-float32": make(tokens=5, count=20, past_dtype=BF16),
     "head-of-512": make(tokens=5, count=20, heads=2, key_heads=1, size=512),
@@ -283,7 +283,7 @@ def awkward_for_float8() -> dict[str, Any]:
 
 WRITES = {
     "float32": make(tokens=21, count=7),
-    "several-blocks-and-shares": make(tokens=21, count=120, **WIDE),
+    "several-blocks-and-shares": make(tokens=21, count=120, capacity=WIDE),
     "groups-that-share-blocks": make(tokens=21, count=7, heads=6, key_heads=2),
     "one-token": make(tokens=1, count=0),
     "bfloat16": make(tokens=21, count=7, dtype=BF16),
@@ -334,8 +334,8 @@ def test_gpu_writes_as_the_reference(name: str, written: dict[str, tuple[Tensor,
 
 # Of a thread, with Triton 3.7.1, and a tenth more; 255 is all there are.
 MOST_REGISTERS = {
-    256: {80: 255, 89: 255, 90: 255, 120: 255},
-    512: {80: 200, 89: 200, 90: 255, 120: 200},
+    256: {80: 227, 89: 213, 90: 252, 120: 217},
+    512: {80: 196, 89: 195, 90: 196, 120: 196},
 }
 
 
@@ -349,4 +349,5 @@ def test_compiles_without_spills(size: int, capability: int, tmp_path: Path) -> 
     assert compiled.spill_bytes == 0, triton.__version__
     assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
     assert compiled.registers <= MOST_REGISTERS[size][capability]
-    assert ("HGMMA" if capability == 90 else "HMMA") in compiled.sass
+    # With heads of 512 a tile has 32 rows, and HGMMA takes 64.
+    assert ("HGMMA" if (capability, size) == (90, 256) else "HMMA") in compiled.sass

@@ -38,7 +38,7 @@ def compile_attention(
         tile_for,
     )
 
-    tile = tile_for(size, dtype, past or dtype, divmod(capability, 10), rows)
+    tile = tile_for(size, dtype, past or dtype, divmod(capability, 10), causal=causal, rows=rows)
     group = HEADS // KEY_HEADS[size]
     own, stored = f"*{NAMES[dtype]}", f"*{NAMES[past or dtype]}"
     pointers = {
