@@ -14,6 +14,7 @@ from infilld.engine.config import SamplerConfig
 from infilld.engine.device_runner import DeviceRunner
 from infilld.engine.draws import SeededDraws
 from infilld.engine.errors import ContextTooLong, NotEnoughMemory
+from infilld.engine.memory import KeyValues, WeightBytes, plan_memory
 from infilld.engine.model import DiffusionGemma
 from infilld.engine.passes import CanvasPass
 from infilld.engine.reading import Ask, Bans, Belief, Pins, Reading
@@ -258,6 +259,33 @@ class TestSlots:
                 runner.encode(piece, cache), model.encode(piece, plain), **CLOSE
             )
         cache.check()
+
+    @pytest.mark.parametrize("context", [64, 3000])
+    @pytest.mark.parametrize("held", ["bf16", "fp8"])
+    def test_it_takes_what_was_planned(self, context: int, held: KeyValues) -> None:
+        model = ours(SMALL)
+        config = replace(model.config, max_positions=4096)
+        nothing = WeightBytes(storage="", quantized=0, plain=0, embedding=0, self_conditioning=0)
+        plan = plan_memory(
+            config, nothing, on_gpu=True, context_tokens=context, key_values=held, slots=3
+        )
+        dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+        runner = device_runner(
+            model, context_tokens=context, margin_tokens=512, cache_dtype=dtypes[held]
+        )
+        assert runner.slab.nbytes == plan.key_value_bytes
+
+    def test_a_prefix_in_fp8_is_near_what_it_is_in_full(self) -> None:
+        model = ours(replace(SMALL, tame=True))
+        exact, rounded = (
+            device_runner(model, cache_dtype=dtype) for dtype in (None, torch.float8_e4m3fn)
+        )
+        canvas, readings = random_ids(SMALL, 1, 7, seed=4), []
+        for runner in (exact, rounded):
+            cache = filled(runner, 11, 3)
+            readings += runner.run([CanvasPass(canvas, cache, None, ask_plainly(runner))])
+        apart = (readings[0].entropy_nats - readings[1].entropy_nats).abs().max()
+        assert 0 < apart < 0.1
 
 
 class TestBuckets:
