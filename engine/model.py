@@ -219,7 +219,7 @@ class DiffusionGemma(nn.Module):
                 attended.append(_masked_attention(own[0], keys, values, masks[kind, count]))
             return torch.cat(attended, dim=2)
 
-        x = self.embed(torch.cat(list(rows)))[None]
+        x = self.embed(torch.cat(list(rows)).to(self.device))[None]
         positions = torch.cat([torch.arange(start, start + n, device=x.device) for n in lengths])
         hidden = self._run(x, positions, attend, self._encoder_scalars())
         return list(torch.split(hidden[0], lengths))
@@ -232,7 +232,8 @@ class DiffusionGemma(nn.Module):
     @torch.no_grad()
     def log_probabilities(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Of tokens [N] int64 behind hidden states [N, D]: [N] float32, nats."""
-        return self.logits(hidden).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        chosen = tokens[:, None].to(hidden.device)
+        return self.logits(hidden).log_softmax(-1).gather(-1, chosen)[:, 0]
 
     @torch.no_grad()
     def best(self, hidden: Tensor, banned: Tensor) -> Tensor:

@@ -88,7 +88,10 @@ class CanvasModel(Protocol):
     def encode(
         self, tokens: Tensor, cache: PrefixCache, check: Callable[[], None] | None = None
     ) -> Tensor:
-        """Read tokens [N] causally, extending the cache; their normed hidden states [N, D]."""
+        """Read tokens [N] causally, extending the cache; their normed hidden states [N, D].
+
+        Tokens are on the host, here and in `read` and `log_probabilities`.
+        """
         ...
 
     def read(self, rows: Sequence[Tensor], cache: PrefixCache) -> list[Tensor]:

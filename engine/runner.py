@@ -153,7 +153,7 @@ class Runner:
             return torch.cat(attended)
 
         positions = [torch.arange(start, start + n, device=self.device) for n in lengths]
-        x = self.stack.embed(torch.cat(list(rows)))
+        x = self.stack.embed(torch.cat(list(rows)).to(self.device))
         hidden = self.stack.run(x, torch.cat(positions), attend, is_encoder=True)
         return list(torch.split(hidden, lengths))
 
@@ -182,7 +182,7 @@ class Runner:
     def log_probabilities(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Of tokens [N] int64 behind hidden states [N, D]: [N] float32, nats."""
         found = self.stack.read_head(
-            hidden, temperature=self._ones(len(hidden)), top=1, targets=tokens
+            hidden, temperature=self._ones(len(hidden)), top=1, targets=tokens.to(self.device)
         )
         assert found.target_log_probability is not None
         return found.target_log_probability

@@ -26,7 +26,8 @@ def score(model: CanvasModel, prefix: Prefix, candidates: Sequence[Sequence[int]
     some = [list(candidate) for candidate in candidates if candidate]
     if not some:
         return [torch.empty(0) for _ in candidates]
-    rows = [torch.tensor(candidate, device=model.device) for candidate in some]
+    # Tokens stay on the host until a model takes them.
+    rows = [torch.tensor(candidate) for candidate in some]
     # The last token of each is predicted and predicts nothing.
     longer = [row[:-1] for row in rows if len(row) > 1]
     read = iter(model.read(longer, prefix.cache) if longer else [])
@@ -59,6 +60,6 @@ def continue_greedily(
         if best in ends:
             break
         written.append(best)
-        (states,) = model.read([torch.tensor(written, device=model.device)], prefix.cache)
+        (states,) = model.read([torch.tensor(written)], prefix.cache)
         hidden = states[-1]
     return written

@@ -265,9 +265,9 @@ class TestSlots:
     def test_it_takes_what_was_planned(self, context: int, held: KeyValues) -> None:
         model = ours(SMALL)
         config = replace(model.config, max_positions=4096)
-        nothing = WeightBytes(storage="", quantized=0, plain=0, embedding=0, self_conditioning=0)
+        weights = WeightBytes.estimate(config, torch.bfloat16, None)
         plan = plan_memory(
-            config, nothing, on_gpu=True, context_tokens=context, key_values=held, slots=3
+            config, weights, on_gpu=True, context_tokens=context, key_values=held, slots=3
         )
         dtypes = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
         runner = device_runner(
