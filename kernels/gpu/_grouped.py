@@ -138,6 +138,12 @@ def _tiled_weights(
 
 
 @triton.jit
+def _columns_of_k(p, o_k, left, EVEN_K: tl.constexpr):
+    """A block at `p`, 0 where its columns `o_k` are not among the `left` ones."""
+    return tl.load(p) if EVEN_K else tl.load(p, mask=o_k < left, other=0.0)
+
+
+@triton.jit
 def grouped_kernel(
     x_ptr,
     codes_ptr,
@@ -199,7 +205,7 @@ def grouped_kernel(
     o_x = first + tl.where(valid, o_t, 0)
     if OPERATION == "gate_up":
         o_x = tl.load(order_ptr + o_x) // CHOSEN
-    p_x = x_ptr + o_x.to(tl.int64)[None, :] * x_stride + o_k[:, None]
+    p_x = x_ptr + o_x.to(tl.int64)[None, :] * x_stride
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if OPERATION == "gate_up" else BLOCK_N
     o_out = i_n * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
 
@@ -231,20 +237,9 @@ def grouped_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for i in range(i_first, i_last):
         o_left = K - i * 2 * HALF
-        if EVEN_K:
-            x0 = tl.load(p_x + i * 2 * HALF)
-            x1 = tl.load(p_x + i * 2 * HALF + HALF)
-        else:
-            x0 = tl.load(p_x + i * 2 * HALF, mask=o_k[:, None] < o_left, other=0.0)
-            x1 = tl.load(p_x + i * 2 * HALF + HALF, mask=o_k[:, None] < o_left - HALF, other=0.0)
         if KIND == "plain":
-            p_w = p_words + i * 2 * HALF
-            if EVEN_K:
-                v0 = tl.load(p_w, eviction_policy="evict_first")
-                v1 = tl.load(p_w + HALF, eviction_policy="evict_first")
-            else:
-                v0 = tl.load(p_w, mask=o_k[None, :] < o_left, other=0.0)
-                v1 = tl.load(p_w + HALF, mask=o_k[None, :] < o_left - HALF, other=0.0)
+            v0 = _columns_of_k(p_words + i * 2 * HALF, o_k[None, :], o_left, EVEN_K)
+            v1 = _columns_of_k(p_words + i * 2 * HALF + HALF, o_k[None, :], o_left - HALF, EVEN_K)
         else:
             v0, v1 = _tiled_weights(
                 p_words + i * TILE_WORDS,
@@ -262,8 +257,26 @@ def grouped_kernel(
                 BLOCK_N,
                 HALF,
             )
-        acc = tl.dot(v0.to(COMPUTE), x0.to(COMPUTE), acc, input_precision="ieee")
-        acc = tl.dot(v1.to(COMPUTE), x1.to(COMPUTE), acc, input_precision="ieee")
+        v0, v1 = v0.to(COMPUTE), v1.to(COMPUTE)
+        if PERMUTED:
+            # One chain of a warp group's products: between two of them the weights in registers
+            # would have to wait.
+            o_both = tl.arange(0, 2 * HALF)[:, None]
+            x = _columns_of_k(p_x + i * 2 * HALF + o_both, o_both, o_left, EVEN_K)
+            v = tl.join(v0, v1).trans(0, 2, 1).reshape(BLOCK_N, 2 * HALF)
+            acc = tl.dot(v, x.to(COMPUTE), acc, input_precision="ieee")
+            if not INTERPRET:
+                # Nothing, but it reads the sum: the chain ends here. Left under way to the next
+                # turn, its registers are in the way of that turn's weights, and ptxas then waits
+                # after each single product.
+                acc = tl.inline_asm_elementwise("", "=f,0", [acc], tl.float32, True, 1)
+        else:
+            x0 = _columns_of_k(p_x + i * 2 * HALF + o_k[:, None], o_k[:, None], o_left, EVEN_K)
+            x1 = _columns_of_k(
+                p_x + i * 2 * HALF + HALF + o_k[:, None], o_k[:, None], o_left - HALF, EVEN_K
+            )
+            acc = tl.dot(v0, x0.to(COMPUTE), acc, input_precision="ieee")
+            acc = tl.dot(v1, x1.to(COMPUTE), acc, input_precision="ieee")
 
     if KIND != "plain":
         if SCALING == "row":

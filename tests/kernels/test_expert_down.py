@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -184,23 +185,25 @@ def test_gpu_is_as_near_as_its_numbers_allow(name: str, gpu_results: dict[str, A
 # Form, compute capability, rows: registers and lane-instructions a weight of the loop over K,
 # seen with Triton 3.7.1. K is 704, which fills five and a half tiles.
 FIGURES: dict[str, tuple[dict[str, Any], int, int, int, float]] = {
-    "int4-sm80": ({"kind": "int4", "group": 64}, 80, 16, 127, 2.65),
-    "int4-sm90": ({"kind": "int4", "group": 64}, 90, 16, 84, 2.5),
-    "int4-sm90-64": ({"kind": "int4", "group": 64}, 90, 64, 152, 2.5),
-    "int4-sm120": ({"kind": "int4", "group": 64}, 120, 16, 118, 2.6),
-    "int4-g32-sm90": ({"kind": "int4", "group": 32}, 90, 16, 86, 2.65),
-    "int4-affine-sm90": ({"kind": "int4", "group": 64, "affine": True}, 90, 16, 90, 2.55),
-    "int8-g64-sm90": ({"kind": "int8", "group": 64}, 90, 16, 84, 2.75),
-    "int8-row-sm90": ({"kind": "int8", "group": 0}, 90, 16, 74, 2.5),
+    "int4-sm80": ({"kind": "int4", "group": 64}, 80, 16, 127, 2.55),
+    "int4-sm90": ({"kind": "int4", "group": 64}, 90, 16, 107, 2.2),
+    "int4-sm90-64": ({"kind": "int4", "group": 64}, 90, 64, 181, 2.3),
+    "int4-g32-sm90": ({"kind": "int4", "group": 32}, 90, 16, 112, 2.35),
+    "int4-g32-sm120": ({"kind": "int4", "group": 32}, 120, 16, 122, 2.55),
+    "int4-affine-sm90": ({"kind": "int4", "group": 64, "affine": True}, 90, 16, 125, 2.3),
+    "int8-g64-sm90": ({"kind": "int8", "group": 64}, 90, 16, 112, 2.4),
+    "int8-row-sm89": ({"kind": "int8", "group": 0}, 89, 16, 80, 2.5),
     "fp8-sm80": ({"kind": "fp8", "group": 0}, 80, 16, 124, 3.6),
-    "fp8-sm90": ({"kind": "fp8", "group": 0}, 90, 16, 74, 3.5),
-    "nvfp4-sm80": ({"kind": "nvfp4", "group": 16}, 80, 16, 128, 5.8),
-    "nvfp4-sm90": ({"kind": "nvfp4", "group": 16}, 90, 16, 104, 5.9),
+    "fp8-sm90": ({"kind": "fp8", "group": 0}, 90, 16, 116, 3.2),
+    "nvfp4-sm80": ({"kind": "nvfp4", "group": 16}, 80, 16, 124, 4.4),
+    "nvfp4-sm90": ({"kind": "nvfp4", "group": 16}, 90, 16, 128, 3.9),
+    "half-sm90": ({"kind": "int4", "group": 64, "dtype": torch.float16}, 90, 16, 152, 5.4),
     "plain-sm90": ({}, 90, 16, 64, 1.7),
 }
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
 @pytest.mark.parametrize("name", FIGURES)
 def test_compiles_to_few_instructions(name: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
@@ -210,7 +213,7 @@ def test_compiles_to_few_instructions(name: str, tmp_path: Path) -> None:
         loop = compile_matmul("down", capability, block_t=block_t, columns=704, **kind)
     assert loop.compiled.spill_bytes == 0
     assert loop.compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
-    assert loop.compiled.registers <= registers * 1.1
-    assert loop.per_weight <= per_weight * 1.04
+    assert loop.compiled.registers <= registers * 1.1, loop.compiled.registers
+    assert loop.per_weight <= per_weight * 1.04, loop.per_weight
     assert loop.count("I2F") == loop.count("F2F.") == 0
     assert loop.count("HGMMA" if capability == 90 else "HMMA") > 0

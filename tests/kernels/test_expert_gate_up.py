@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -198,18 +199,19 @@ def test_gpu_is_as_near_as_its_numbers_allow(name: str, gpu_results: dict[str, A
 
 # Registers and lane-instructions a weight of the loop over K, seen with Triton 3.7.1.
 FIGURES = {
-    (80, 16): (127, 2.55),
+    (80, 16): (124, 2.45),
     (80, 32): (127, 3.25),
-    (80, 64): (170, 5.1),
-    (89, 16): (127, 2.55),
-    (90, 16): (84, 2.4),
-    (90, 64): (150, 2.45),
-    (120, 16): (118, 2.5),
-    (120, 64): (175, 4.65),
+    (80, 64): (170, 5.15),
+    (89, 16): (104, 2.45),
+    (90, 16): (107, 2.15),
+    (90, 64): (181, 2.2),
+    (120, 16): (104, 2.4),
+    (120, 64): (175, 4.6),
 }
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
 @pytest.mark.parametrize(("capability", "block_t"), FIGURES)
 def test_compiles_to_few_instructions(capability: int, block_t: int, tmp_path: Path) -> None:
     pytest.importorskip("triton")
@@ -219,11 +221,13 @@ def test_compiles_to_few_instructions(capability: int, block_t: int, tmp_path: P
         loop = compile_matmul("gate_up", capability, block_t=block_t, kind="int4", group=64)
     assert loop.compiled.spill_bytes == 0
     assert loop.compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
-    assert loop.compiled.registers <= registers * 1.1
-    assert loop.per_weight <= per_weight * 1.04
+    assert loop.compiled.registers <= registers * 1.1, loop.compiled.registers
+    assert loop.per_weight <= per_weight * 1.04, loop.per_weight
     # Codes and scales are copied ahead, and no number is converted one by one.
     assert loop.count("LDG.") == loop.count("I2F") == loop.count("STS") == 0
     assert loop.count("LDGSTS") > 0
+    # One chain of products, with one wait at its end.
+    assert loop.count("WARPGROUP.DEPBAR") == (1 if capability == 90 else 0)
     assert loop.count("HGMMA") == (16 if capability == 90 else 0)
     assert loop.count("HMMA") == (0 if capability == 90 else 2 * block_t)
 

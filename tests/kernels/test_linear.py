@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,10 @@ def test_gpu_refuses_other_numbers(gpu_results: dict[str, Any]) -> None:
 
 # Registers and lane-instructions a weight of the loop over K, seen with Triton 3.7.1.
 @pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
 @pytest.mark.parametrize(
     ("capability", "registers", "per_weight"),
-    [(80, 127, 2.55), (89, 127, 2.55), (90, 84, 2.45), (120, 122, 2.5)],
+    [(80, 127, 2.5), (89, 127, 2.45), (90, 109, 2.2), (120, 122, 2.45)],
 )
 def test_compiles_to_few_instructions(
     capability: int, registers: int, per_weight: float, tmp_path: Path
@@ -163,5 +165,5 @@ def test_compiles_to_few_instructions(
         loop = compile_matmul("linear", capability, block_t=16, kind="int4", group=64)
     assert loop.compiled.spill_bytes == 0
     assert loop.compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability] / 3
-    assert loop.compiled.registers <= registers * 1.1
-    assert loop.per_weight <= per_weight * 1.04
+    assert loop.compiled.registers <= registers * 1.1, loop.compiled.registers
+    assert loop.per_weight <= per_weight * 1.04, loop.per_weight
