@@ -11,10 +11,18 @@ from typing import Literal
 
 import torch
 
-from infilld.engine.checkpoints.quantizing import Quantization, bits_per_weight, is_quantized
-from infilld.engine.checkpoints.weights import CheckpointSummary, expected_shapes, part_of
+from infilld.engine.checkpoints.quantizing import (
+    Quantization,
+    bits_per_weight,
+    group_for,
+    is_quantizable,
+    is_quantized,
+)
+from infilld.engine.checkpoints.weights import CheckpointSummary, Part, expected_shapes, part_of
 from infilld.engine.config import ModelConfig
 from infilld.engine.errors import CheckpointMismatch, NotEnoughMemory
+from infilld.kernels._tiles import tile_layout
+from infilld.kernels._weights import QuantizedWeight
 
 KeyValues = Literal["float32", "bf16", "fp8"]
 
@@ -40,6 +48,7 @@ _SPLIT_TOKENS, _SPLITS = 256, 8
 # context exists when free memory is asked for, it is counted twice.
 _DRIVER_BYTES = 700_000_000
 
+_SUMS = ("quantized", "plain", "embedding", "self_conditioning", "filling")
 _KEY_VALUE_BYTES: dict[KeyValues, int] = {"float32": 4, "bf16": 2, "fp8": 1}
 
 
@@ -53,6 +62,8 @@ class WeightBytes:
         plain: everything else but what follows: router, norms, scalars, what is not quantized.
         embedding: table and head, which are one.
         self_conditioning: matrices that turn a belief into an input.
+        filling: what weights in few bits take beside that on a GPU, where rows and columns are
+            filled up to whole tiles.
     """
 
     storage: str
@@ -60,16 +71,18 @@ class WeightBytes:
     plain: int
     embedding: int
     self_conditioning: int
+    filling: int
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All of them, without the filling."""
         return self.quantized + self.plain + self.embedding + self.self_conditioning
 
     @classmethod
     def of(cls, summary: CheckpointSummary, dtype: torch.dtype) -> "WeightBytes":
         """Of a checkpoint as it is, plain tensors in `dtype`."""
-        sums = dict.fromkeys(("quantized", "plain", "embedding", "self_conditioning"), 0)
+        sums = dict.fromkeys(_SUMS, 0)
+        fillings = _fillings(summary.config)
         for line in summary.parts:
             plain_bytes = line.parameters * dtype.itemsize
             held_bytes = plain_bytes if line.held_bytes is None else line.held_bytes
@@ -77,8 +90,11 @@ class WeightBytes:
                 sums["embedding"] += held_bytes
             elif line.part == "self-conditioning":
                 sums["self_conditioning"] += held_bytes
+            elif line.kind is None or line.held_bytes is None:
+                sums["plain"] += held_bytes
             else:
-                sums["plain" if line.kind is None else "quantized"] += held_bytes
+                sums["quantized"] += held_bytes
+                sums["filling"] += math.ceil(held_bytes * fillings[line.part])
         return cls(storage="as stored", **sums)
 
     @classmethod
@@ -86,11 +102,13 @@ class WeightBytes:
         cls, config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None
     ) -> "WeightBytes":
         """Of a checkpoint that is quantized while it is loaded; None: of a plain one."""
-        sums = dict.fromkeys(("quantized", "plain", "embedding", "self_conditioning"), 0)
+        sums = dict.fromkeys(_SUMS, 0)
         for name, shape in expected_shapes(config).items():
             count = math.prod(shape)
-            if quantization is not None and is_quantized(name, shape):
-                sums["quantized"] += math.ceil(count * bits_per_weight(shape[-1], quantization) / 8)
+            if quantization is not None and is_quantizable(name, shape):
+                held_bytes = math.ceil(count * bits_per_weight(shape[-1], quantization) / 8)
+                sums["quantized"] += held_bytes
+                sums["filling"] += math.ceil(held_bytes * tiles_filling(name, shape))
                 continue
             part = part_of(name)
             place = {"embedding": "embedding", "self-conditioning": "self_conditioning"}
@@ -129,7 +147,7 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.weights.total + self.key_value_bytes + self.workspace_bytes + self.driver_bytes
+        return sum(count for _, count, _ in self.rows)
 
     @property
     def fits(self) -> bool:
@@ -143,6 +161,7 @@ class MemoryPlan:
         kept = f"{self.context_tokens:,} tokens, {self.key_values}, {prefixes}"
         named = (
             ("weights in few bits", self.weights.quantized, self.weights.storage),
+            ("filling of their tiles", self.weights.filling if self.on_gpu else 0, ""),
             ("plain weights", self.weights.plain, ""),
             ("embedding and head", self.weights.embedding, ""),
             ("self-conditioning", self.weights.self_conditioning, ""),
@@ -253,9 +272,8 @@ def alternatives(plan: MemoryPlan) -> tuple[MemoryPlan, ...]:
 
     Less context; on a GPU also keys and values in fp8; and weights in int4, where they are larger.
     """
-    int4 = WeightBytes.estimate(
-        plan.config, torch.bfloat16 if plan.on_gpu else torch.float32, Quantization(kind="int4")
-    )
+    dtype = torch.bfloat16 if plan.on_gpu else torch.float32
+    int4 = WeightBytes.estimate(plan.config, dtype, Quantization(kind="int4"))
     smaller = (int4,) if int4.total < plan.weights.total else ()
     offers: list[MemoryPlan] = []
     for weights in (plan.weights, *smaller):
@@ -301,9 +319,40 @@ def budget_of(device: torch.device, limit_bytes: int | None = None) -> int | Non
     return None if free is None else int(free * SHARE_OF_FREE)
 
 
+def tiles_filling(name: str, shape: tuple[int, ...]) -> float:
+    """What tiles add to a weight in few bits, as a share of it."""
+    *leading, rows, columns = shape
+    group = group_for(columns, 32)
+    weight = QuantizedWeight(
+        kind="int4",
+        codes=torch.empty(*leading, rows, columns // 2, dtype=torch.uint8, device="meta"),
+        scales=torch.empty(*leading, rows, columns // group, device="meta"),
+        group=group,
+    )
+    try:
+        layout = tile_layout(weight, capability=80, gated=name.endswith("gate_up_proj"))
+    except ValueError:
+        # No tiles can be made of it; loading says so.
+        return 0.0
+    tiled = layout.n_tiles(rows) * layout.block_n * layout.k_tiles(columns) * 2 * layout.half
+    return tiled / (rows * columns) - 1
+
+
 def gigabytes(count: int) -> str:
     """Bytes for people, in GB of 10^9, or in MB below 0.1 GB."""
     return f"{count / 1e9:.2f} GB" if count >= 100_000_000 else f"{count / 1e6:.1f} MB"
+
+
+def _fillings(config: ModelConfig) -> dict[Part, float]:
+    """The same for the parts of a model, on the average of their weights."""
+    numbers: dict[Part, float] = {}
+    filled: dict[Part, float] = {}
+    for name, shape in expected_shapes(config).items():
+        if is_quantized(name, shape):
+            part, count = part_of(name), math.prod(shape)
+            numbers[part] = numbers.get(part, 0) + count
+            filled[part] = filled.get(part, 0) + count * tiles_filling(name, shape)
+    return {part: filled[part] / count for part, count in numbers.items()}
 
 
 def _key_value_bytes(config: ModelConfig, context_tokens: int, held: KeyValues) -> int:

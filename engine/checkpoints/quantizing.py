@@ -16,8 +16,8 @@ from infilld.kernels._weights import QuantizedWeight
 # experts. The rest is small.
 QUANTIZED_PARTS: tuple[Part, ...] = ("attention", "dense MLP", "experts")
 DEFAULT_GROUP = 32
-# Below this the scales cost more than the codes save.
-_SMALLEST_GROUP = 8
+# A GPU's matmuls read groups of this many numbers, and of its multiples.
+_SMALLEST_GROUP = 16
 # Codes, lowest and highest.
 _CODES = {"int4": (-8, 7), "int8": (-127, 127)}
 _SCALE_BITS = {"int4": 16, "int8": 16}
@@ -53,13 +53,18 @@ class Quantization:
 
 
 def is_quantized(name: str, shape: Sequence[int]) -> bool:
-    """Whether an internal tensor is put into few bits."""
+    """Whether an internal tensor stays in few bits where a checkpoint has it so."""
     return (
         part_of(name) in QUANTIZED_PARTS
         and len(shape) >= 2
-        and shape[-1] % _SMALLEST_GROUP == 0
+        and shape[-1] % 8 == 0
         and math.prod(shape) > 0
     )
+
+
+def is_quantizable(name: str, shape: Sequence[int]) -> bool:
+    """Whether a plain internal tensor is put into few bits."""
+    return is_quantized(name, shape) and shape[-1] % _SMALLEST_GROUP == 0
 
 
 def group_for(columns: int, group: int) -> int:
@@ -84,14 +89,14 @@ def quantize_rows(weight: Tensor, quantization: Quantization) -> QuantizedWeight
     bf16 holds it. A scale may be negative.
 
     Args:
-        weight: floating point, finite, on any device; K a multiple of 8.
+        weight: floating point, finite, on any device; K a multiple of 16.
         quantization: kind and group; the group is halved until it divides K.
 
     Raises:
-        ValueError: not a matrix, K is no multiple of 8, or a number is not finite.
+        ValueError: not a matrix, K is no multiple of 16, or a number is not finite.
     """
     if weight.ndim < 2 or weight.shape[-1] % _SMALLEST_GROUP:
-        raise ValueError(f"a weight {list(weight.shape)}, expected [..., N, K], K a multiple of 8")
+        raise ValueError(f"a weight {list(weight.shape)}, expected [..., N, K], K a multiple of 16")
     columns = weight.shape[-1]
     group = group_for(columns, quantization.group)
     flat = weight.reshape(-1, group)

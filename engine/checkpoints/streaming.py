@@ -28,7 +28,7 @@ from infilld.engine.checkpoints.plan import Piece, Plan, make_plan
 from infilld.engine.checkpoints.quantizing import (
     Quantization,
     bits_per_weight,
-    is_quantized,
+    is_quantizable,
     quantize_rows,
 )
 from infilld.engine.checkpoints.weights import Weights
@@ -192,7 +192,7 @@ def _stream(
             whole = _whole(turn, reader)
             if turn.name == "embed_tokens.weight" and plan.head is not None:
                 refuse_untied(reader.tensor(plan.head), whole)
-            if is_quantized(turn.name, turn.shape):
+            if is_quantizable(turn.name, turn.shape):
                 yield turn.name, _in_few_bits(turn, whole, quantization, device)
             else:
                 yield turn.name, whole
@@ -242,7 +242,7 @@ def _result_bytes(plan: Plan, quantization: Quantization) -> int:
     total = 0.0
     for name, pieces in plan.pieces.items():
         shape = tuple(plan.shapes[name])
-        if is_quantized(name, shape):
+        if is_quantizable(name, shape):
             count = sum(piece.entry.numbers for piece in pieces)
             total += count * bits_per_weight(shape[-1], quantization) / 8
         else:

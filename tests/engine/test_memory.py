@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tiny_gguf import Type, config_json, write_gguf
 
 from infilld.engine.checkpoints.gguf import inspect_gguf, read_gguf
-from infilld.engine.checkpoints.quantizing import Quantization, is_quantized
+from infilld.engine.checkpoints.quantizing import Quantization, is_quantized, quantize_rows
+from infilld.engine.checkpoints.weights import part_of
 from infilld.engine.config import ModelConfig
 from infilld.engine.errors import CheckpointMismatch, NotEnoughMemory
 from infilld.engine.memory import (
@@ -24,7 +25,9 @@ from infilld.engine.memory import (
     longest_context,
     plan_memory,
     refuse_too_large,
+    tiles_filling,
 )
+from infilld.kernels.quant_pack import quant_pack
 
 # Google's 26B model.
 LARGE = ModelConfig.from_dict(
@@ -72,6 +75,10 @@ class TestLarge:
         norms = 30 * (7 * 2816 + 1 + 1) + 25 * 2 * 256 + 5 * 2 * 512 + 2 * 2816
         assert INT4.plain == 2 * (router + norms)
         # A published GGUF of the model counts so many numbers; 256 of them are `rope_freqs`.
+        # 704 columns of the experts' second matrix fill 768, 2112 of the dense MLP 2176.
+        second, thirds = 30 * 128 * 2816 * (768 - 704), 30 * 3 * 2816 * (2176 - 2112)
+        assert INT4.filling == (second + thirds) * 9 // 16
+        assert PLAIN.filling == 0
         assert PLAIN.total == 2 * (25_250_987_068 - 256)
 
     def test_keys_and_values_by_hand(self) -> None:
@@ -88,15 +95,15 @@ class TestLarge:
         plan = large(context_tokens=32_768)
         assert plan.fits
         assert plan.slots == 1
-        assert plan.total_bytes == pytest.approx(17.53e9, abs=0.01e9)
-        assert plan.largest_context() == 55_552
+        assert plan.total_bytes == pytest.approx(17.93e9, abs=0.01e9)
+        assert plan.largest_context() == 36_096
         assert not large(PLAIN).fits
 
     def test_the_table_adds_up(self) -> None:
         plan = large(context_tokens=32_768)
         assert sum(count for _, count, _ in plan.rows) == plan.total_bytes
         lines = plan.table().splitlines()
-        assert lines[-2].split()[:3] == ["total", "17.53", "GB"]
+        assert lines[-2].split()[:3] == ["total", "17.93", "GB"]
         assert lines[-1].split() == ["may", "be", "used", "18.00", "GB", "fits"]
         assert "32,768 tokens, bf16, 1 prefix" in plan.table()
         assert "an estimate" in plan.table()
@@ -104,6 +111,30 @@ class TestLarge:
     def test_a_large_budget_holds_a_prefix_for_each_job(self) -> None:
         assert large(budget_bytes=80_000_000_000).slots == 4
         assert large(budget_bytes=None).slots == 4
+
+
+class TestTiles:
+    @pytest.mark.parametrize(
+        ("part", "name", "shape"),
+        [
+            ("experts", "layers.0.experts.gate_up_proj", (2, 96, 176)),
+            ("experts", "layers.0.experts.down_proj", (2, 176, 48)),
+            ("dense MLP", "layers.0.mlp.down_proj.weight", (176, 192)),
+            ("attention", "layers.0.self_attn.q_proj.weight", (256, 176)),
+        ],
+        ids=["gate-up", "down", "dense", "attention"],
+    )
+    def test_the_filling_is_what_tiles_take(
+        self, part: str, name: str, shape: tuple[int, ...]
+    ) -> None:
+        quantization = Quantization(group=16)
+        weight = quantize_rows(torch.randn(shape), quantization)
+        gated = name.endswith("gate_up_proj")
+        tiled = quant_pack(weight, gated=gated, capability=80, impl="reference")
+        told = weight.nbytes * (1 + tiles_filling(name, shape))
+        factors = tiled.factor.nbytes
+        assert tiled.nbytes - factors == pytest.approx(told)
+        assert part_of(name) == part
 
 
 class TestGrowth:
