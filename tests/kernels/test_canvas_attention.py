@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from attention_compiling import compile_attention
-from compiling import SHARED_LIMIT_BYTES
+from compiling import SHARED_LIMIT_BYTES, compile_kernel
 from interpreter import run_gpu
 from tolerances import assert_close
 from torch import Tensor
@@ -332,3 +332,33 @@ def test_float8_compiles_where_no_type_is_one(tmp_path: Path) -> None:
     compiled = compile_attention(256, 80, tmp_path, past=F8)
     assert compiled.spill_bytes == 0
     assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[80]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])
+def test_joining_compiles_without_spills(capability: int, tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    from infilld.kernels.gpu._attention import join_kernel
+
+    pointers = {
+        "partial_ptr": "*fp32",
+        "lse_ptr": "*fp32",
+        "lengths_ptr": "*i32",
+        "out_ptr": "*bf16",
+    }
+    numbers = dict.fromkeys(("L", "shares", "of_a_share"), "i32")
+    constants = {"H": 16, "A": 512, "CAUSAL": False, "BLOCK_S": 32}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        compiled = compile_kernel(
+            join_kernel,
+            pointers | numbers | dict.fromkeys(constants, "constexpr"),
+            constants,
+            capability=capability,
+            warps=2,
+            aligned=tuple(pointers),
+        )
+    assert compiled.spill_bytes == 0, triton.__version__
+    assert compiled.shared_bytes <= 1024
+    assert compiled.registers <= 46
