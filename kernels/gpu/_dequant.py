@@ -9,6 +9,8 @@ and 2, then bytes 1 and 3, because a mask picks both halves of a word at once. `
 bytes so that the results come out in order.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -23,6 +25,7 @@ _TWO_POW_123, _TWO_POW_120 = "0x7D007D00", "0x7B807B80"
 _MINUS_2, _MINUS_8_64THS = "0xC000C000", "0xBE00BE00"
 
 
+@functools.cache
 def decoder(kind: Kind, *, affine: bool, scaled: bool) -> str:
     """PTX that decodes one word of codes.
 
@@ -51,6 +54,7 @@ def decoder(kind: Kind, *, affine: bool, scaled: bool) -> str:
     return "\n".join(("{", *lines, "}"))
 
 
+@functools.cache
 def constraints(kind: Kind, *, scaled: bool) -> str:
     """Operands of the PTX above; results are written before the last argument is read."""
     results = 8 if kind in ("int4", "nvfp4") else 4
