@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 
 from infilld.engine.checkpoints.loading import inspect_checkpoint, read_weights
+from infilld.engine.checkpoints.sources import config_of, folder_of, sampler_of, template_of
 from infilld.engine.checkpoints.streaming import read_quantized
-from infilld.engine.config import ModelConfig, SamplerConfig
+from infilld.engine.config import ModelConfig
 from infilld.engine.device_runner import DeviceRunner
 from infilld.engine.errors import CheckpointMismatch, NotEnoughMemory, UnsupportedDevice
 from infilld.engine.infill import Infiller
@@ -40,7 +41,7 @@ def load_infiller(folder: Path, device: str = "auto", limits: Limits = NO_LIMITS
     """The engine over a checkpoint folder.
 
     Args:
-        folder: checkpoint with tokenizer.json.
+        folder: checkpoint with tokenizer.json, or a GGUF file with one beside it.
         device: as for `Worker`. limits: what may be used of a GPU.
 
     Raises:
@@ -48,7 +49,8 @@ def load_infiller(folder: Path, device: str = "auto", limits: Limits = NO_LIMITS
     """
     chosen = pick_device(device)
     # Before the weights: what cannot be used is refused in a moment, not after minutes.
-    tokenizer = Tokenizer.from_folder(folder, ModelConfig.from_folder(folder).vocab_tokens)
+    beside = folder_of(folder)
+    tokenizer = Tokenizer.from_folder(beside, config_of(folder).vocab_tokens)
     try:
         runner = _on_gpu(folder, chosen, limits) if chosen.type == "cuda" else _on_cpu(folder)
     except torch.OutOfMemoryError as error:
@@ -56,8 +58,8 @@ def load_infiller(folder: Path, device: str = "auto", limits: Limits = NO_LIMITS
     return Infiller(
         runner,
         tokenizer,
-        SamplerConfig.from_folder(folder),
-        calibration=Calibration.from_folder(folder),
+        sampler_of(folder),
+        calibration=Calibration.from_folder(beside),
         layout=_layout(tokenizer, folder),
     )
 
@@ -124,9 +126,7 @@ def _layout(tokenizer: Tokenizer, folder: Path) -> PromptLayout:
     """The layout of a checkpoint; a template is read, and its library loaded, only if needed."""
     if Controls.of(tokenizer) is not None:
         return layout_of(tokenizer, None)
-    from infilld.engine.chat import ChatTemplate
-
-    return layout_of(tokenizer, ChatTemplate.from_folder(folder))
+    return layout_of(tokenizer, template_of(folder))
 
 
 def _refuse_without_kernels(config: ModelConfig) -> None:

@@ -12,13 +12,12 @@ names of gguf-py's GEMMA4.
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from infilld.engine.chat import ChatTemplate
 from infilld.engine.checkpoints.gguf_blocks import FORMS, Form, packed, values
 from infilld.engine.checkpoints.gguf_file import GgufFile, StoredTensor, Strings, iterate
 from infilld.engine.checkpoints.quantizing import is_quantized
@@ -33,6 +32,9 @@ from infilld.engine.checkpoints.weights import (
 from infilld.engine.config import ModelConfig, SamplerConfig
 from infilld.engine.errors import CheckpointMismatch, CheckpointMissing
 from infilld.kernels._weights import CODE_DTYPES, QuantizedWeight
+
+if TYPE_CHECKING:
+    from infilld.engine.chat import ChatTemplate
 
 _ARCHITECTURE = "diffusion-gemma"
 _GLOBAL = {
@@ -203,7 +205,7 @@ def gguf_config(path: Path) -> ModelConfig:
     return _config(GgufFile(path))
 
 
-def gguf_template(path: Path) -> ChatTemplate | None:
+def gguf_template(path: Path) -> "ChatTemplate | None":
     """The chat template in the file; None where there is none.
 
     Raises:
@@ -219,6 +221,9 @@ def gguf_template(path: Path) -> ChatTemplate | None:
         for number in _whole_numbers(file, f"tokenizer.ggml.{key}_token_id")
     }
     texts = file.texts(tokens, set(named.values())) if isinstance(tokens, Strings) else {}
+    # Loads a library that nothing else here needs.
+    from infilld.engine.chat import ChatTemplate
+
     return ChatTemplate(
         source, {name: texts[number] for name, number in named.items() if number in texts}
     )

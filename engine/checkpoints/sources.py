@@ -1,10 +1,13 @@
 """What of a checkpoint is no weight, for folders and for GGUF files."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from infilld.engine.chat import ChatTemplate
 from infilld.engine.checkpoints.gguf import gguf_config, gguf_in, gguf_sampler, gguf_template
 from infilld.engine.config import ModelConfig, SamplerConfig
+
+if TYPE_CHECKING:
+    from infilld.engine.chat import ChatTemplate
 
 
 def folder_of(source: Path) -> Path:
@@ -34,11 +37,14 @@ def sampler_of(source: Path) -> SamplerConfig:
     return gguf_sampler(path)
 
 
-def template_of(source: Path) -> ChatTemplate | None:
+def template_of(source: Path) -> "ChatTemplate | None":
     """The chat template; a file in the folder wins over a GGUF file's metadata.
 
     Raises:
         CheckpointMissing, CheckpointMismatch: it cannot be read.
     """
+    # Loads a library that nothing else here needs.
+    from infilld.engine.chat import ChatTemplate
+
     path, found = gguf_in(source), ChatTemplate.from_folder(folder_of(source))
     return gguf_template(path) if found is None and path is not None else found

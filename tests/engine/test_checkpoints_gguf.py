@@ -1,5 +1,7 @@
 """GGUF files give the numbers that the `gguf` package reads out of them, or are refused by name."""
 
+import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,12 @@ from torch import Tensor
 from infilld.engine.checkpoints.gguf import gguf_in, gguf_sampler, inspect_gguf, read_gguf
 from infilld.engine.checkpoints.gguf_blocks import FORMS
 from infilld.engine.checkpoints.gguf_file import GgufFile
+from infilld.engine.checkpoints.loading import read_weights
 from infilld.engine.checkpoints.quantizing import is_quantized
 from infilld.engine.checkpoints.sources import config_of, folder_of, sampler_of, template_of
 from infilld.engine.errors import CheckpointMismatch, CheckpointMissing
+from infilld.engine.loading import load_infiller, starter_folder
+from infilld.engine.request import InfillRequest, Span
 from infilld.kernels._weights import QuantizedWeight
 
 BLOCKS = [Type.__members__[name] for name in FORMS]
@@ -361,3 +366,60 @@ def test_a_model_of_full_layers_only(tmp_path: Path) -> None:
     read = read_gguf(written.path).config
     assert read.layer_kinds == ("full", "full")
     assert (read.key_heads["full"], read.head_sizes["full"]) == (1, 128)
+
+
+STARTER = starter_folder()
+REQUEST = InfillRequest(
+    text="def add(a, b):\n    return \n", spans=(Span(26, 26),), seed=1, boldness=1.0
+)
+
+
+@pytest.fixture
+def starter(tmp_path: Path) -> Callable[[Callable[[str, tuple[int, ...]], Type]], Path]:
+    """Writes the starter as a GGUF file, with its small files beside it."""
+
+    def write(storage: Callable[[str, tuple[int, ...]], Type]) -> Path:
+        config = json.loads((STARTER / "config.json").read_text())
+        text = config["text_config"]
+        # A GGUF says both for each layer.
+        own = text.pop("per_layer_config")
+        text["global_head_dim"] = own[str(text["num_hidden_layers"] - 1)]["head_dim"]
+        text["num_global_key_value_heads"] = text["num_key_value_heads"]
+        numbers = {
+            name: tensor.numpy()
+            for name, tensor in read_weights(STARTER).tensors.items()
+            if isinstance(tensor, Tensor)
+        }
+        path = write_gguf(tmp_path, storage, config=config, given_numbers=numbers).path
+        for name in ("tokenizer.json", "generation_config.json", "calibration.json"):
+            shutil.copyfile(STARTER / name, tmp_path / name)
+        return path
+
+    return write
+
+
+@pytest.mark.skipif(
+    not (STARTER / "config.json").is_file(), reason="this checkout has no starter model yet"
+)
+class TestStarter:
+    def test_it_is_the_same_model(
+        self, starter: Callable[[Callable[[str, tuple[int, ...]], Type]], Path]
+    ) -> None:
+        path = starter(lambda name, shape: Type.BF16)
+        ours, original = (load_infiller(each, "cpu") for each in (path, STARTER))
+        assert ours.model.config == original.model.config
+        assert ours.tokenizer.vocab_tokens == original.tokenizer.vocab_tokens
+        answer = original.infill(REQUEST)
+        assert answer.alternatives
+        assert ours.infill(REQUEST).alternatives == answer.alternatives
+
+    def test_in_few_bits_it_fills(
+        self, starter: Callable[[Callable[[str, tuple[int, ...]], Type]], Path]
+    ) -> None:
+        def storage(name: str, shape: tuple[int, ...]) -> Type:
+            return Type.Q8_0 if len(shape) > 1 else Type.F32
+
+        path = starter(storage)
+        tensors = read_weights(path).tensors
+        assert isinstance(tensors["layers.0.experts.down_proj"], QuantizedWeight)
+        assert load_infiller(path, "cpu").infill(REQUEST).alternatives

@@ -102,6 +102,7 @@ def write_gguf(
     storage: Callable[[str, tuple[int, ...]], Type],
     *,
     config: Mapping[str, Any] | None = None,
+    given_numbers: Mapping[str, Numbers] | None = None,
     seed: int = 0,
     apart: bool = False,
     metadata: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
@@ -114,6 +115,7 @@ def write_gguf(
         folder: made if it is not there.
         storage: type of a tensor, given its internal name and shape.
         config: a config.json.
+        given_numbers: of every tensor by internal name, instead of random ones.
         seed: of the numbers.
         apart: gate and up projections of the experts as two tensors.
         metadata: adds more of it. skip: names in the file to leave out.
@@ -135,26 +137,34 @@ def write_gguf(
     numbers: dict[str, Numbers] = {}
     types: dict[str, Type] = {}
 
-    def put(name: str, kind: Type, shape: tuple[int, ...]) -> Numbers:
-        raw, read_back = _stored(kind, shape, draw)
+    def put(name: str, kind: Type, shape: tuple[int, ...], own: Numbers | None) -> Numbers:
+        raw, read_back = _stored(kind, shape, draw, own)
         if not skip(name):
             writer.add_tensor(name, raw, raw_dtype=kind)
         return read_back
 
     for internal, shape in shapes.items():
         kind = types[internal] = storage(internal, shape)
+        own = None if given_numbers is None else given_numbers[internal]
         if internal == "encoder_scalars":
             parts = [
-                put(f"blk.{layer}.enc_layer_output_scale.weight", kind, (1,))
+                put(
+                    f"blk.{layer}.enc_layer_output_scale.weight",
+                    kind,
+                    (1,),
+                    None if own is None else own[layer : layer + 1],
+                )
                 for layer in range(layers)
             ]
             numbers[internal] = np.concatenate(parts)
         elif apart and internal.endswith("experts.gate_up_proj"):
             block, half = f"blk.{internal.split('.')[1]}", (shape[0], shape[1] // 2, shape[2])
-            both = [put(f"{block}.ffn_{each}_exps.weight", kind, half) for each in ("gate", "up")]
+            both = [
+                put(f"{block}.ffn_{each}_exps.weight", kind, half, None) for each in ("gate", "up")
+            ]
             numbers[internal] = np.concatenate(both, axis=1)
         else:
-            numbers[internal] = put(file_name(internal, layers), kind, shape)
+            numbers[internal] = put(file_name(internal, layers), kind, shape, own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -173,8 +183,10 @@ def _describe(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_head_count(text["num_attention_heads"])
     heads = (text["num_global_key_value_heads"], text["num_key_value_heads"])
     writer.add_head_count_kv([heads[each] for each in sliding])
-    writer.add_rope_freq_base(1e6)
-    writer.add_float32("diffusion-gemma.rope.freq_base_swa", 1e4)
+    turning = text.get("rope_parameters", {})
+    full, window = (turning.get(f"{kind}_attention", {}) for kind in ("full", "sliding"))
+    writer.add_rope_freq_base(full.get("rope_theta", 1e6))
+    writer.add_float32("diffusion-gemma.rope.freq_base_swa", window.get("rope_theta", 1e4))
     writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
     writer.add_expert_count(text["num_experts"])
     writer.add_expert_used_count(text["top_k_experts"])
@@ -196,10 +208,12 @@ def _describe(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
 
 
 def _stored(
-    kind: Type, shape: tuple[int, ...], draw: np.random.Generator
+    kind: Type, shape: tuple[int, ...], draw: np.random.Generator, own: Numbers | None
 ) -> tuple[npt.NDArray[Any], Numbers]:
-    """Random numbers as a file has them, and as the package reads them back."""
-    if kind in _FACTORS:
+    """Numbers, random ones or given, as a file has them, and as the package reads them back."""
+    if own is not None:
+        raw = quantize(own, kind)
+    elif kind in _FACTORS:
         blocks = gguf.quant_shape_to_byte_shape(shape, kind)
         _, size = gguf.GGML_QUANT_SIZES[kind]
         raw = draw.integers(0, 256, (int(np.prod(blocks)) // size, size), dtype=np.uint8)
