@@ -94,7 +94,8 @@ def lists_kernel(
     rows_before = tl.sum(tl.where(o_e < expert, b_rows, 0), axis=0)
     tiles_before = tl.sum(tl.where(o_e < expert, b_tiles, 0), axis=0)
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-    used = tl.sum(b_tiles, axis=0)
+    # The first program writes the unused tiles, the others see none.
+    first_unused = tl.where(expert == 0, tl.sum(b_tiles, axis=0), most)
 
     row = rows_before
     for start in range(0, routes, BLOCK_N):
@@ -114,8 +115,7 @@ def lists_kernel(
         tl.store(tiles_ptr + o_tile * 3, tl.where(is_mine, expert, -1), mask=is_mine)
         tl.store(tiles_ptr + o_tile * 3 + 1, rows_before + b_done, mask=is_mine)
         tl.store(tiles_ptr + o_tile * 3 + 2, tl.minimum(rows - b_done, TILE_ROWS), mask=is_mine)
-        # The first program writes the unused ones.
-        is_unused = (expert == 0) & (o_tile >= used) & (o_tile < most)
+        is_unused = (o_tile >= first_unused) & (o_tile < most)
         tl.store(tiles_ptr + o_tile * 3, -1, mask=is_unused)
         tl.store(tiles_ptr + o_tile * 3 + 1, 0, mask=is_unused)
         tl.store(tiles_ptr + o_tile * 3 + 2, 0, mask=is_unused)
