@@ -125,7 +125,7 @@ def read_gguf(
         path: of the file.
         device: where the weights go; blocks are decoded there.
         dtype: of plain weights.
-        scales: type of scales and biases. float16 rounds those of K blocks, see `gguf_blocks`;
+        scales: type of scales and biases. float16 rounds those of larger blocks, see `gguf_blocks`;
             float32 is exact, and takes a bit more for each number of a K block: 2 GB in the 26B
             model as Q4_K_M, which needs 20 GB without.
 

@@ -7,9 +7,10 @@
 | Q4_1, Q5_1 | int4, int8 with biases, groups of 32 | yes: float16 scale and bias a block |
 | Q4_K, Q5_K | int4, int8 with biases, groups of 32 | codes; scales as below |
 | Q6_K | int8, groups of 16 | codes; scales as below |
+| IQ4_XS | int8, groups of 32 | codes; scales as below |
 
-A K block has a float16 factor and a whole number of 6 or 8 bits for each group. Their product has
-up to 19 significant bits: float32 holds it exactly, float16 within 2^-11 of itself, or within
+A block of 256 has a float16 factor and a whole number of 6 or 8 bits for each group. Their product
+has up to 19 significant bits: float32 holds it exactly, float16 within 2^-11 of itself, or within
 2^-25 where it is below 2^-14. Codes are never changed.
 
 Source: ggml/src/ggml-common.h (layouts) and ggml-quants.c (what they stand for).
@@ -102,9 +103,24 @@ def _q8_0(blocks: Tensor) -> _Decoded:
     return blocks[:, 2:].contiguous().view(torch.int8), _halves(blocks, 0), None
 
 
+def _iq4_values(data: Tensor) -> Tensor:
+    """The table's numbers [n, 2 * bytes] int8 of nibbles in runs of 16 bytes."""
+    table = torch.tensor(_IQ4_VALUES, dtype=torch.int8, device=data.device)
+    nibbles = _nibbles(data, 16)
+    return torch.index_select(table, 0, nibbles.flatten().int()).view(nibbles.shape)
+
+
 def _iq4_nl(blocks: Tensor) -> _Decoded:
-    table = torch.tensor(_IQ4_VALUES, dtype=torch.int8, device=blocks.device)
-    return table[_nibbles(blocks[:, 2:], 16).int()], _halves(blocks, 0), None
+    return _iq4_values(blocks[:, 2:]), _halves(blocks, 0), None
+
+
+def _iq4_xs(blocks: Tensor) -> _Decoded:
+    # Scales of six bits: two of each in a word, four of each in nibbles.
+    places = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)
+    high = ((blocks[:, 2:4, None] >> places) & 3).flatten(1)
+    low = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), dim=2).flatten(1)
+    scales = (low | (high << 4)).view(torch.int8) - 32
+    return _iq4_values(blocks[:, 8:]), _halves(blocks, 0) * scales, None
 
 
 def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,6 +161,7 @@ FORMS: dict[str, Form] = {
     "Q5_1": Form("int8", 32, True, True, _q5_1),
     "Q8_0": Form("int8", 32, False, True, _q8_0),
     "IQ4_NL": Form("int8", 32, False, True, _iq4_nl),
+    "IQ4_XS": Form("int8", 32, False, False, _iq4_xs),
     "Q4_K": Form("int4", 32, True, False, _q4_k),
     "Q5_K": Form("int8", 32, True, False, _q5_k),
     "Q6_K": Form("int8", 16, False, False, _q6_k),

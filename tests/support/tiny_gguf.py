@@ -21,7 +21,13 @@ from infilld.engine.config import ModelConfig
 Type = gguf.GGMLQuantizationType
 Numbers = npt.NDArray[np.float32]
 # Byte offsets of the float16 factors of blocks that the package reads but does not make.
-_FACTORS = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,), Type.IQ4_NL: (0,)}
+_FACTORS = {
+    Type.Q4_K: (0, 2),
+    Type.Q5_K: (0, 2),
+    Type.Q6_K: (208,),
+    Type.IQ4_NL: (0,),
+    Type.IQ4_XS: (0,),
+}
 _CONVERTED = {
     "router.scale": "ffn_gate_inp.scale",
     "router.per_expert_scale": "ffn_down_exps.scale",
