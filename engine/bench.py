@@ -3,23 +3,31 @@
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from infilld.engine.evaluation.comparison import compare, format_comparison
 from infilld.engine.infill import Infiller
 from infilld.engine.load import format_load, run_load
 from infilld.engine.passes import CanvasPass
 from infilld.engine.reading import Ask
 from infilld.engine.request import InfillRequest, Span
+from infilld.engine.timing import centiles, in_turn
 from infilld.engine.worker import load_infiller
+from infilld.kernels.cpu.packed import fastest
 
 _PROMPT_TOKENS = (64, 256, 1024)
 _CANVAS_TOKENS = (16, 32, 64, 128, 256)
+# How often being alone and having a busy neighbour take turns.
+_TURNS = 4
 
 # Made up for the bench; long enough to fill a prompt.
 _FUNCTION = '''
@@ -34,7 +42,13 @@ def total_{n}(items, rate):
 
 
 def run_bench(
-    folder: Path, device: str = "auto", *, repeats: int = 15, load_s: float = 0.0
+    folder: Path,
+    device: str = "auto",
+    *,
+    repeats: int = 15,
+    load_s: float = 0.0,
+    compares: bool = False,
+    is_busy: bool = False,
 ) -> dict[str, Any]:
     """Measure a checkpoint on a device.
 
@@ -43,6 +57,8 @@ def run_bench(
         repeats: runs of each measurement, after two that do not count.
         load_s: seconds for which several clients ask at once, in each measurement of `load`; 0:
             that is not measured.
+        compares: also time `transformers` on the checkpoint, run by run in turn.
+        is_busy: also time passes beside a process that keeps one core busy.
 
     Returns:
         A report for `format_bench`, or to be written as JSON: times in milliseconds as p10, p50
@@ -59,6 +75,8 @@ def run_bench(
         "encode": [_encode(engine, n, repeats) for n in _prompt_sizes(engine)],
         "pass": [_pass(engine, n, repeats) for n in _canvas_sizes(engine)],
         "infill": _infill(engine, repeats),
+        "compared": compare(engine, folder, repeats) if compares else None,
+        "busy": _busy(engine, repeats) if is_busy else None,
         "load": run_load(folder, device, seconds=load_s) if load_s else None,
         "load_average_after": os.getloadavg()[0],
     }
@@ -80,6 +98,13 @@ def format_bench(report: dict[str, Any]) -> str:
     for name, row in report["infill"].items():
         lines.append(_line(f"infill, {name} prefix", row["ms"]))
         lines.append(f"{'  passes, mean':<28}{row['passes']:>18.1f}")
+    if report["busy"] is not None:
+        lines += ["", "beside a process that keeps one core busy, in turn with being alone"]
+        for row in report["busy"]:
+            names = ("alone", "beside")
+            lines += [_line(f"pass over {row['tokens']}, {name}", row[name]) for name in names]
+    if report["compared"] is not None:
+        lines += ["", format_comparison(report["compared"])]
     if report["load"] is not None:
         lines += ["", format_load(report["load"])]
     return "\n".join(lines)
@@ -98,6 +123,8 @@ def machine_facts(engine: Infiller) -> dict[str, Any]:
         "name": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "torch": version("torch"),
+        # Which layout of weights is multiplied fastest here, float32 or what loses nothing to it.
+        "products": None if cuda else list(fastest(torch.float32)),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": os.getloadavg()[0],
@@ -114,23 +141,7 @@ def _canvas_sizes(engine: Infiller) -> list[int]:
 
 
 def _timed(engine: Infiller, run: Callable[[], object], repeats: int) -> dict[str, float]:
-    times = []
-    for index in range(repeats + 2):
-        started = time.perf_counter()
-        run()
-        if engine.model.device.type == "cuda":
-            torch.cuda.synchronize(engine.model.device)
-        if index >= 2:
-            times.append(1e3 * (time.perf_counter() - started))
-    return centiles(times)
-
-
-def centiles(times_ms: list[float]) -> dict[str, float]:
-    """p10, p50 and p99 of at least one time, rounded to a hundredth."""
-    if len(times_ms) == 1:
-        times_ms = times_ms * 2
-    cut = statistics.quantiles(times_ms, n=100, method="inclusive")
-    return {"p10": round(cut[9], 2), "p50": round(cut[49], 2), "p99": round(cut[98], 2)}
+    return centiles(in_turn({"": run}, repeats + 2, engine.model.device)[""][2:])
 
 
 def _encode(engine: Infiller, tokens: int, repeats: int) -> dict[str, Any]:
@@ -140,6 +151,11 @@ def _encode(engine: Infiller, tokens: int, repeats: int) -> dict[str, Any]:
 
 
 def _pass(engine: Infiller, tokens: int, repeats: int) -> dict[str, Any]:
+    return {"tokens": tokens, "ms": _timed(engine, _canvas_pass(engine, tokens), repeats)}
+
+
+def _canvas_pass(engine: Infiller, tokens: int) -> Callable[[], object]:
+    """A pass over a canvas behind a prefix, to be run any number of times."""
     cache = engine.model.new_cache()
     engine.model.encode(_ids(engine, min(256, engine.prompt_tokens)), cache)
     canvas = _ids(engine, tokens)[None]
@@ -147,8 +163,33 @@ def _pass(engine: Infiller, tokens: int, repeats: int) -> dict[str, Any]:
     ask = Ask(temperature=torch.tensor(0.8), top=engine.model.belief_tokens)
     (first,) = engine.model.run([CanvasPass(canvas, cache, None, ask)])
     told = CanvasPass(canvas, cache, first.belief, ask)
-    run = lambda: engine.model.run([told])  # noqa: E731
-    return {"tokens": tokens, "ms": _timed(engine, run, repeats)}
+    return lambda: engine.model.run([told])
+
+
+def _busy(engine: Infiller, repeats: int) -> list[dict[str, Any]]:
+    """Passes alone and beside a busy process, by turns: what else runs here meets both alike."""
+    rows = []
+    for tokens in _canvas_sizes(engine):
+        run = {"": _canvas_pass(engine, tokens)}
+        alone, beside = list[float](), list[float]()
+        for _ in range(_TURNS):
+            alone += in_turn(run, repeats, engine.model.device)[""]
+            with _busy_process():
+                beside += in_turn(run, repeats, engine.model.device)[""]
+        rows.append({"tokens": tokens, "alone": centiles(alone), "beside": centiles(beside)})
+    return rows
+
+
+@contextmanager
+def _busy_process() -> Iterator[None]:
+    command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # it runs
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def _infill(engine: Infiller, repeats: int) -> dict[str, Any]:
