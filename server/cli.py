@@ -83,6 +83,12 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="also let 1, 4 and 8 clients ask at once, so long for each figure",
     )
+    bench.add_argument(
+        "--compare", action="store_true", help="also time transformers on the same checkpoint"
+    )
+    bench.add_argument(
+        "--busy", action="store_true", help="also time passes while another process is busy"
+    )
     _add_json(bench)
     evaluate.add_flags(verb("eval", _eval, "measure how good the model is"))
     train.add_flags(verb("train", _train, "make a starter model from source code"))
@@ -213,7 +219,14 @@ def _bench(options: argparse.Namespace, wanted: Settings) -> int:
     from infilld.engine.worker import starter_folder
 
     folder = wanted.model_folder or starter_folder()
-    report = run_bench(folder, wanted.device, repeats=options.repeats, load_s=options.load)
+    report = run_bench(
+        folder,
+        wanted.device,
+        repeats=options.repeats,
+        load_s=options.load,
+        compares=options.compare,
+        is_busy=options.busy,
+    )
     sys.stdout.write(
         (json.dumps(report, indent=2) if options.json else format_bench(report)) + "\n"
     )
