@@ -25,8 +25,9 @@ def expert_gate_up(
     Args:
         x: [T, D]. The GPU takes bfloat16 and float32.
         weight: [E, 2 * F, D], gates first: a plain tensor; or in few bits, by rows for the
-            reference and in tiles for the GPU (`quant_pack` with `gated`), which rounds weights to
-            bfloat16 before the product where their scales are bfloat16 or E4M3.
+            reference and in tiles for the GPU (`quant_pack` with `gated`). Where there is more than
+            one scale a row, the GPU rounds each weight to bfloat16 before the product; not where
+            scales are float32, or float16 with biases.
         routes: of the T tokens.
         impl: implementation; nothing falls back to another one.
 

@@ -17,8 +17,9 @@ def linear(
 
     Args:
         x: [T, K]; T may be 0. The GPU takes bfloat16 and float32.
-        weight: [N, K]; the GPU reads tiles (`quant_pack`), the reference rows. Where its scales
-            are bfloat16 or E4M3 the GPU rounds each weight to bfloat16 before the product.
+        weight: [N, K]; the GPU reads tiles (`quant_pack`), the reference rows. Where there
+            is more than one scale a row, the GPU rounds each weight to bfloat16 before the product;
+            not where scales are float32, or float16 with biases.
         impl: implementation; nothing falls back to another one.
 
     Raises:

@@ -10,12 +10,16 @@ bytes so that the results come out in order.
 """
 
 import functools
+from typing import Literal
 
 import triton
 import triton.language as tl
 
 from infilld.kernels._weights import Kind
 
+# How codes become weights. "row": not in the loop; "bf16": by one multiply-add in bfloat16, less a
+# power of two; "split": by a scale in two parts of bfloat16; "f32": in float32.
+Scaling = Literal["row", "bf16", "split", "f32"]
 _MINUS_ZERO = "0x80008000"
 # lop3 truth table of (a & b) | c.
 _AND_OR = "0xEA"
@@ -26,19 +30,23 @@ _MINUS_2, _MINUS_8_64THS = "0xC000C000", "0xBE00BE00"
 
 
 @functools.cache
-def decoder(kind: Kind, *, affine: bool, scaled: bool) -> str:
+def decoder(kind: Kind, *, affine: bool, scaling: Scaling) -> str:
     """PTX that decodes one word of codes.
 
     Its operands are the results (four codes of the first plane, then four of the second where
     codes have four bits; 16 bits each), the word, and where it scales: for each plane the pair of
-    scales and, for integers, the pair of biases.
+    scales and, for integers, the pair of biases, or of what scales lack in bfloat16 ("split").
 
     Without a scale, integers come out divided by 64, floats as they are; all of it exact.
     """
     is_nibble = kind in ("int4", "nvfp4")
     results = 8 if is_nibble else 4
-    lines = [".reg .b32 r, t, u, m0, m1, c0, c1;"]
-    if scaled:
+    lines = [".reg .b32 r, t, u, m0, m1, c0, c1, h0, h1, l0, l1, z;"]
+    if scaling == "split":
+        names = ("h0", "l0", "h1", "l1") if is_nibble else ("h0", "l0")
+        lines += [f"mov.b32 {name}, ${results + 1 + i};" for i, name in enumerate(names)]
+        lines.append(f"mov.b32 z, {_MINUS_ZERO};")
+    if scaling == "bf16":
         names = ("m0", "m1") if kind == "nvfp4" else ("m0", "c0", "m1", "c1")
         for i, name in enumerate(names if is_nibble else names[: len(names) // 2]):
             lines.append(f"mov.b32 {name}, ${results + 1 + i};")
@@ -50,15 +58,20 @@ def decoder(kind: Kind, *, affine: bool, scaled: bool) -> str:
     for i, bits in enumerate(_bits(kind, f"${results}")):
         plane = i // 2
         lines += [bits, f"fma.rn.bf16x2 r, r, m{plane}, c{plane};"]
+        if scaling == "split":
+            lines.append(f"fma.rn.bf16x2 t, r, l{plane}, z;")
+            lines.append(f"fma.rn.bf16x2 r, r, h{plane}, t;")
         lines.append(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, r;")
     return "\n".join(("{", *lines, "}"))
 
 
 @functools.cache
-def constraints(kind: Kind, *, scaled: bool) -> str:
+def constraints(kind: Kind, *, scaling: Scaling) -> str:
     """Operands of the PTX above; results are written before the last argument is read."""
     results = 8 if kind in ("int4", "nvfp4") else 4
-    scales = {"int4": 4, "nvfp4": 2, "int8": 2, "fp8": 0}[kind] if scaled else 0
+    scales = (
+        {"int4": 4, "nvfp4": 2, "int8": 2, "fp8": 0}[kind] if scaling in ("bf16", "split") else 0
+    )
     return ",".join(["=&h"] * results + ["r"] * (1 + scales))
 
 
@@ -237,6 +250,7 @@ def scaled_columns(
     scale,
     bias,
     KIND: tl.constexpr,
+    SCALING: tl.constexpr,
     AFFINE: tl.constexpr,
     GROUPS: tl.constexpr,
     ASM: tl.constexpr,
@@ -245,12 +259,13 @@ def scaled_columns(
     N: tl.constexpr,
     H: tl.constexpr,
 ):
-    """The weights of both halves of a tile, bfloat16 [N, H], less a power of two.
+    """The weights of both halves of a tile, bfloat16 [N, H]; with "bf16" less a power of two.
 
     Args:
         word0: words [N, H / 4] of int32: both halves' nibbles, or the first half's bytes.
         word1: the second half's bytes; with nibbles not read.
-        scale: words [N, GROUPS] of both halves' scales; with nvfp4 a word [N] for each half.
+        scale: words [N, GROUPS] of both halves' scales; with nvfp4 a word [N] for each half; with
+            "split" float32 [N, GROUPS] for each half.
         bias: words [N, GROUPS] where there are biases.
     """
     if KIND == "nvfp4":
@@ -260,7 +275,10 @@ def scaled_columns(
             ASM, CONSTRAINTS, [word0, m0, m1], (tl.int16,) * 8, True, 1
         )
     else:
-        if AFFINE:
+        if SCALING == "split":
+            m0, c0 = _split_pairs(scale[0])
+            m1, c1 = _split_pairs(scale[1])
+        elif AFFINE:
             m0, m1 = tl.inline_asm_elementwise(
                 DOUBLE, "=&r,=&r,r", [scale], (tl.int32, tl.int32), True, 1
             )
@@ -298,6 +316,16 @@ def scaled_columns(
     return _bf16_columns(a0, a1, a2, a3, PERMUTED, N, H), _bf16_columns(
         b0, b1, b2, b3, PERMUTED, N, H
     )
+
+
+@triton.jit
+def _split_pairs(s):
+    """Pairs of the first eight bits of 64 * s, where s is a float16, and of its other three."""
+    s *= 64.0
+    bits = s.to(tl.int32, bitcast=True)
+    high = bits & -65536
+    rest = (s - high.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    return high | ((bits >> 16) & 0xFFFF), rest | ((rest >> 16) & 0xFFFF)
 
 
 @triton.jit

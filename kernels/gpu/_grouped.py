@@ -11,6 +11,7 @@ from torch import Tensor
 from infilld.kernels._launch import KernelUnavailable, is_interpreted, require_gpu
 from infilld.kernels._tiles import LEAST_HALF, MOST_BLOCK_N, TiledWeight
 from infilld.kernels.gpu._dequant import (
+    Scaling,
     code_columns,
     constraints,
     decoder,
@@ -98,20 +99,36 @@ def _tiled_weights(
 ):
     """Both halves of a tile of weights, [N, H] each.
 
-    The three kinds of SCALING: "row": codes; "bf16": scaled in bfloat16, less a power of two;
-    "f32": scaled in float32.
+    SCALING is one of `_dequant.Scaling`; with "row" they are codes.
     """
     word0 = tl.load(p_words, eviction_policy="evict_first")
     word1 = word0
     if KIND == "int8" or KIND == "fp8":
         word1 = tl.load(p_words + N * H // 4, eviction_policy="evict_first")
-    if SCALING == "bf16" and not INTERPRET:
-        scale = _e5m3_words(p_scales, N) if KIND == "nvfp4" else _words(p_scales, N, GROUPS)
+    if (SCALING == "bf16" or SCALING == "split") and not INTERPRET:
+        if KIND == "nvfp4":
+            scale = _e5m3_words(p_scales, N)
+        elif SCALING == "split":
+            scale = _scales(p_scales, N, GROUPS, SCALE)
+        else:
+            scale = _words(p_scales, N, GROUPS)
         bias = scale
         if AFFINE:
             bias = _words(p_biases, N, GROUPS)
         v0, v1 = scaled_columns(
-            word0, word1, scale, bias, KIND, AFFINE, GROUPS, ASM, CONSTRAINTS, PERMUTED, N, H
+            word0,
+            word1,
+            scale,
+            bias,
+            KIND,
+            SCALING,
+            AFFINE,
+            GROUPS,
+            ASM,
+            CONSTRAINTS,
+            PERMUTED,
+            N,
+            H,
         )
     else:
         v0, v1 = code_columns(
@@ -132,7 +149,7 @@ def _tiled_weights(
             UNIT: tl.constexpr = 8192.0 if SCALE == "bf16" else 1.0
             v0 += spread(z0 * UNIT, GROUPS, N, H)
             v1 += spread(z1 * UNIT, GROUPS, N, H)
-        if SCALING == "bf16":
+        if SCALING == "bf16" or SCALING == "split":
             v0, v1 = round_to_bf16(v0), round_to_bf16(v1)
     return v0, v1
 
@@ -327,12 +344,14 @@ def constants(operation: Operation, weight: Tensor | TiledWeight, rows: int) -> 
     layout = weight.layout
     affine = weight.biases is not None
     if layout.groups == 0:
-        scaling = "row"
+        scaling: Scaling = "row"
     elif weight.kind == "int8" and affine:
         # The bias and what takes 128 away together do not fit a bfloat16.
         scaling = "f32"
     elif weight.scale_dtype in (torch.bfloat16, torch.float8_e4m3fn):
         scaling = "bf16"
+    elif weight.scale_dtype == torch.float16 and not affine:
+        scaling = "split"
     else:
         scaling = "f32"
     return {
@@ -343,8 +362,8 @@ def constants(operation: Operation, weight: Tensor | TiledWeight, rows: int) -> 
         "AFFINE": affine,
         "GROUPS": layout.groups,
         "PERMUTED": layout.permuted,
-        "ASM": decoder(weight.kind, affine=affine, scaled=scaling == "bf16"),
-        "CONSTRAINTS": constraints(weight.kind, scaled=scaling == "bf16"),
+        "ASM": decoder(weight.kind, affine=affine, scaling=scaling),
+        "CONSTRAINTS": constraints(weight.kind, scaling=scaling),
         "N_TILES": weight.codes.shape[1],
         "EVEN_K": weight.shape[-1] % (2 * layout.half) == 0,
         "BLOCK_N": layout.block_n,

@@ -233,6 +233,28 @@ def run_ptx(text: str, operands: dict[str, int]) -> dict[str, int]:
     return registers
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_ptx_takes_a_scale_in_two_parts(kind: Kind) -> None:
+    pytest.importorskip("triton")
+    from infilld.kernels.gpu._dequant import decoder
+
+    scale = float(torch.tensor(0.01234).half())
+    bits = int(torch.tensor([64 * scale]).view(torch.int32)) >> 16
+    rest = 64 * scale - bf16(bits)
+    pairs = [bits * 0x10001, bf16_bits(rest) * 0x10001]
+    assert bf16(bf16_bits(rest)) == rest
+    assert rest
+    results = 8 if kind == "int4" else 4
+    operands = {f"${results + 1 + i}": pair for i, pair in enumerate(pairs * (results // 4))}
+    text = decoder(kind, affine=False, scaling="split")
+    for code in range(16 if kind == "int4" else 256):
+        word = code * (0x11111111 if kind == "int4" else 0x01010101)
+        registers = run_ptx(text, operands | {f"${results}": word})
+        exact = scale * (code - (8 if kind == "int4" else 128))
+        for i in range(results):
+            assert abs(bf16(registers[f"${i}"]) - exact) <= abs(exact) * (2.0**-8 + 2.0**-14)
+
+
 def decoded(kind: Kind, words: Tensor, *, affine: bool, scale: float | None, bias: float) -> Tensor:
     """Results of the decoder for each word, in the order of its codes [words, results]."""
     from infilld.kernels.gpu._dequant import BYTE_PAIRS, DOUBLE, NIBBLE_PAIRS, decoder
@@ -252,7 +274,7 @@ def decoded(kind: Kind, words: Tensor, *, affine: bool, scale: float | None, bia
             arguments = [doubled["$0"], biases["$0"], doubled["$1"], biases["$1"]]
     elif scale is not None:
         arguments = [bf16_bits(scale * 2.0**118) * 0x10001] * 2
-    text = decoder(kind, affine=affine, scaled=scaled)
+    text = decoder(kind, affine=affine, scaling="bf16" if scaled else "row")
     rows = []
     for word in words.tolist():
         operands = {f"${results}": word & 0xFFFFFFFF}

@@ -197,7 +197,7 @@ FIGURES: dict[str, tuple[dict[str, Any], int, int, int, float]] = {
     "fp8-sm90": ({"kind": "fp8", "group": 0}, 90, 16, 116, 3.2),
     "nvfp4-sm80": ({"kind": "nvfp4", "group": 16}, 80, 16, 124, 4.4),
     "nvfp4-sm90": ({"kind": "nvfp4", "group": 16}, 90, 16, 128, 3.9),
-    "half-sm90": ({"kind": "int4", "group": 64, "dtype": torch.float16}, 90, 16, 152, 5.4),
+    "half-sm90": ({"kind": "int4", "group": 64, "dtype": torch.float16}, 90, 16, 115, 3.6),
     "plain-sm90": ({}, 90, 16, 64, 1.7),
 }
 

@@ -135,7 +135,10 @@ def test_gpu_is_as_near_as_its_numbers_allow(name: str, gpu_results: dict[str, A
     exact = linear(x.double(), weight, impl="reference")
     values = dequantize(weight, impl="reference")
     has_row_scales = weight.biases is None and weight.group == weight.shape[-1]
-    in_bf16 = weight.scales.dtype == torch.bfloat16 and not has_row_scales
+    in_bf16 = not has_row_scales and (
+        weight.scales.dtype == torch.bfloat16
+        or (weight.scales.dtype == torch.float16 and weight.biases is None)
+    )
     rounds = x.dtype == torch.bfloat16 or in_bf16
     allowed = rounding_error(exact, x.dtype) + product_error(x, values) * (1 if rounds else 2**-6)
     assert found.dtype == x.dtype

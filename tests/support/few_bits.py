@@ -83,7 +83,7 @@ def product_error(x: Tensor, weight: Tensor) -> Tensor:
     Half a unit in the last of eight bits for each weight, and as much again as the sum's own
     rounding in float32 could ever be.
     """
-    return (x.double().abs() @ weight.double().abs().T) * (2.0**-9 + 2.0**-14)
+    return (x.double().abs() @ weight.double().abs().T) * (2.0**-8 + 2.0**-14)
 
 
 def rounding_error(exact: Tensor, dtype: torch.dtype) -> Tensor:
