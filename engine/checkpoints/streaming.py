@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -82,10 +83,11 @@ def read_quantized(
         found = _kept_weights(folder, device, dtype)
         if found is not None:
             return found
+        if is_writable:
+            _forget_older(root, source, quantization)
         needed_bytes = _result_bytes(plan, quantization)
         if is_writable and shutil.disk_usage(root).free >= needed_bytes + _ROOM_BYTES:
             try:
-                _forget_older(root, source, quantization)
                 _write(folder, source, plan, quantization, computing, progress)
                 return kept.read_kept(folder, device=device, dtype=dtype)
             except OSError as error:
@@ -264,9 +266,14 @@ def _write(
 
     Either it is to be used by itself, or it says what it was made from.
     """
-    draft = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
+    if for_itself:
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        draft.chmod(0o755)
+    else:
+        # Whoever made one and was killed had the lock that we have.
+        draft = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
     try:
         writer = kept.Writer(draft)
         for name, held in _stream(plan, quantization, device, progress):
@@ -333,7 +340,10 @@ def _forget_older(root: Path, source: Path, quantization: Quantization) -> None:
     for folder in root.iterdir():
         if not folder.is_dir() or kept.made_from(folder) != source.resolve():
             continue
-        announced = read_json(folder, "config.json").get("quantization_config")
+        try:
+            announced = read_json(folder, "config.json").get("quantization_config")
+        except (CheckpointMissing, CheckpointMismatch):
+            continue
         if isinstance(announced, dict) and announced.items() >= asdict(quantization).items():
             log.info("removing %s, which was made from earlier files", folder)
             shutil.rmtree(folder, ignore_errors=True)

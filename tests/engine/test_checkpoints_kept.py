@@ -274,6 +274,14 @@ class TestBroken:
         read_quantized(source, INT4)
         assert entries() == [name]
 
+    def test_what_else_is_broken_does_not_matter(self, source: Path) -> None:
+        other = cache_folder() / "other"
+        other.mkdir(parents=True)
+        (other / MANIFEST).write_text(json.dumps({"source": str(source)}))
+        (cache_folder() / "junk").mkdir()
+        read_quantized(source, INT4)
+        assert len(entries()) == 3
+
 
 class TestNothingKept:
     def check(self, source: Path, caplog: pytest.LogCaptureFixture, words: str) -> None:
@@ -328,7 +336,8 @@ class TestFolder:
         names = {path.name for path in out.iterdir()}
         assert {"config.json", "generation_config.json", "tokenizer.json"} <= names
         assert str(tmp_path) not in (out / MANIFEST).read_text()
-        assert not list(out.parent.glob("*.partial"))
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        assert out.stat().st_mode & 0o777 == 0o755
 
     def test_the_summary_tells_what_is_read(self, source: Path, tmp_path: Path) -> None:
         quantize_folder(source, tmp_path / "out", INT4)
@@ -355,6 +364,18 @@ class TestFolder:
         with pytest.raises(FileExistsError, match="not an empty folder"):
             quantize_folder(source, out, INT4)
         assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+    def test_a_failure_leaves_nothing(
+        self, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(kept, "save_file", full)
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(OSError, match="No space left"):
+            quantize_folder(source, tmp_path / "out", INT4)
+        assert sorted(tmp_path.iterdir()) == before
 
     def test_an_empty_folder_will_do(self, source: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
