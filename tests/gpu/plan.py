@@ -74,7 +74,7 @@ def small_plan() -> Plan:
         fill_passes=(2,),
         typed_tokens=8,
         pieces=(8, 20),
-        repeats=5,
+        repeats=2,
         test_files=("test_accept.py",),
         test_filter="TestReference",
         benches=("accept",),

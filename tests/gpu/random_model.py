@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from infilld.engine.checkpoints.quantizing import is_quantized
-from infilld.engine.checkpoints.weights import expected_shapes, part_of
+from infilld.engine.checkpoints.weights import (
+    CheckpointSummary,
+    StoredPart,
+    expected_shapes,
+    part_of,
+    tabulate,
+)
 from infilld.engine.config import LayerKind, ModelConfig, Rope
 from infilld.engine.memory import WeightBytes
 from infilld.kernels._weights import NVFP4_GROUP, QuantizedWeight
@@ -175,9 +181,27 @@ class RandomWeights(MutableMapping[str, Tensor | QuantizedWeight]):
 
 def weight_bytes(config: ModelConfig, form: Form) -> WeightBytes:
     """What the memory plan of these weights is made of, as a checkpoint's headers would say it."""
-    sums = dict.fromkeys(("quantized", "plain", "embedding", "self_conditioning"), 0)
+    lines = []
     for name, weight in RandomWeights(config, form, "meta").items():
-        named = {"embedding": "embedding", "self-conditioning": "self_conditioning"}
-        other = "plain" if isinstance(weight, Tensor) else "quantized"
-        sums[named.get(part_of(name), other)] += weight.nbytes
-    return WeightBytes(storage=form, **sums)
+        is_plain = isinstance(weight, Tensor)
+        lines.append(
+            StoredPart(
+                part=part_of(name),
+                storage="BF16" if is_plain else form,
+                kind=None if isinstance(weight, Tensor) else weight.kind,
+                parameters=math.prod(weight.shape),
+                stored_bytes=weight.nbytes,
+                held_bytes=None if is_plain else weight.nbytes,
+            )
+        )
+    summary = CheckpointSummary(
+        config=config,
+        files=(),
+        parameters=sum(line.parameters for line in lines),
+        text_bytes=sum(line.stored_bytes for line in lines),
+        vision_tensors=0,
+        dtypes=(),
+        format=form,
+        parts=tabulate(lines),
+    )
+    return WeightBytes.of(summary, torch.bfloat16)

@@ -2,12 +2,13 @@
 
 import importlib.util
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import peaks
-from notes import Notes
+from notes import Notes, is_device_lost, told
 from plan import Machine, Plan
 
 FOLDER = Path(__file__).resolve().parents[1] / "bench"
@@ -32,7 +33,14 @@ def _bench(notes: Notes, machine: Machine, path: Path, name: str, until: float) 
         if time.monotonic() > until:
             notes.row("left out", operation=name, behind=case.name)
             break
-        line = peaks.timed(name, machine.impl, machine.device.type, case)
+        try:
+            line = peaks.timed(name, machine.impl, machine.device.type, case)
+        except Exception as error:
+            traceback.print_exc()
+            if is_device_lost():
+                raise
+            notes.row("failures", operation=name, case=case.name, error=told(error))
+            continue
         notes.row("cases", operation=name, **{column: line[column] for column in _COLUMNS})
 
 

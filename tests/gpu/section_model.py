@@ -1,13 +1,14 @@
 """The random model in the engine's own runner: memory, passes, fills, experts, kernels by name."""
 
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from notes import Notes
+from notes import Notes, is_device_lost, told
 from peaks import peak_of
 from plan import Machine, Plan
 from random_model import Form, RandomWeights, weight_bytes
@@ -25,7 +26,8 @@ from infilld.engine.sampler import Denoised, denoise
 from infilld.engine.stopping import AllOf
 
 _KERNELS_SHOWN = 25
-_PIECE_TOKENS = 512
+# What the engine reads at once, and what it reads while somebody types.
+_PIECE_TOKENS, _SMALLER_PIECE_TOKENS = 512, 128
 
 
 def measure(notes: Notes, plan: Plan, machine: Machine, form: Form, *, brief: bool = False) -> None:
@@ -123,13 +125,34 @@ class _Bench:
         """Where all of it is."""
         return self.machine.device
 
+    def few(self, repeats: int) -> int:
+        """So many, or as many as are wanted of anything."""
+        return min(repeats, self.plan.repeats)
+
     # Prefixes.
 
     def reach(self, tokens: int) -> None:
-        """Encode up to so many tokens, piece by piece, and note how long each took."""
+        """Encode up to so many tokens, piece by piece, and note how long each took.
+
+        What fails is noted: the passes are then measured behind the prefix that there is.
+        """
+        for most in (_PIECE_TOKENS, _SMALLER_PIECE_TOKENS):
+            try:
+                self._encode_to(tokens, most)
+            except Exception as error:
+                traceback.print_exc()
+                if is_device_lost():
+                    raise
+                self.notes.row(
+                    "prefixes that failed", tokens=tokens, pieces_of=most, error=told(error)
+                )
+            else:
+                return
+
+    def _encode_to(self, tokens: int, most: int) -> None:
         while self.cache.tokens < tokens:
             start = self.cache.tokens
-            count = min(_PIECE_TOKENS, tokens - start)
+            count = min(most, tokens - start)
             ids = self.ids(1, count, seed=start)[0]
             finish(self.device)
             began = time.perf_counter()
@@ -147,7 +170,12 @@ class _Bench:
     def anew(self, tokens: int) -> None:
         """A shorter prefix than there is."""
         self.cache.trim(0)
-        self.runner.encode(self.ids(1, tokens, seed=0)[0], self.cache)
+        self.reach(tokens)
+
+    def settle(self, tokens: int) -> None:
+        """Take back what a step that failed may have left behind the prefix."""
+        if self.cache.tokens > tokens and self.cache.trim(tokens) != tokens:
+            self.anew(tokens)
 
     def ids(self, rows: int, tokens: int, seed: int) -> Tensor:
         """Token ids [R, L] int64 on the device."""
@@ -175,11 +203,12 @@ class _Bench:
 
     def time_pass(self, length: int, prefix: int, rows: int) -> None:
         """The engine's call, the device's part of it, and the host's; against its floor."""
-        assert self.cache.tokens == prefix
+        self.settle(prefix)
+        prefix = self.cache.tokens
         each = self.told(self.ids(rows, length, seed=length))
         run = partial(self.runner.run, [each])
         called = steady(run, self.device, repeats=self.plan.repeats)
-        issued = walls(run, self.device, repeats=8, waits=False)
+        issued = walls(run, self.device, repeats=self.few(8), waits=False)
         replayed = steady(self._bucket(length, rows), self.device, repeats=self.plan.repeats)
         touched = self.runner.experts_touched(each)
         floor = self.floor(rows, length, prefix, touched)
@@ -246,12 +275,14 @@ class _Bench:
     def forced(self) -> None:
         """Canvases that never stop early, each committed, as other engines are measured."""
         passes = self.plan.forced_passes
+        self.settle(self.plan.home)
         for length in self.plan.canvases[:2]:
-            denoised = walls(partial(self.denoised, length, passes), self.device, repeats=5)
+            denoised = walls(
+                partial(self.denoised, length, passes), self.device, repeats=self.few(5)
+            )
             tokens = self.denoised(length, passes).tokens[0]
-            home = self.plan.home
-            committed = walls(partial(self._commit, tokens), self.device, repeats=5)
-            assert self.cache.tokens == home
+            home = self.cache.tokens
+            committed = walls(partial(self._commit, tokens), self.device, repeats=self.few(5))
             total = denoised.ms + committed.ms
             self.notes.row(
                 "forced passes",
@@ -279,12 +310,13 @@ class _Bench:
 
     def fills(self) -> None:
         """From a few typed tokens to a fill's tokens on the host, the prefix being warm."""
+        self.settle(self.plan.home)
         length = self.plan.canvases[1]
-        home, typed = self.plan.home, self.plan.typed_tokens
+        home, typed = self.cache.tokens, self.plan.typed_tokens
         for passes in self.plan.fill_passes:
             for is_weighed in (False, True):
                 weighed = partial(self._fill, length, passes, home - typed, is_weighed)
-                times = walls(weighed, self.device, repeats=6)
+                times = walls(weighed, self.device, repeats=self.few(6))
                 self.notes.row(
                     "fills",
                     canvas=length,
@@ -312,6 +344,7 @@ class _Bench:
 
     def experts(self, length: int, prefix: int) -> None:
         """Experts of each layer that a pass reads: noise, and a canvas of one token."""
+        self.settle(prefix)
         noise = self.told(self.ids(1, length, seed=length))
         alike = replace(noise, canvas=torch.full_like(noise.canvas, 7), belief=None)
         for what, each in (("noise", noise), ("one token", alike)):
@@ -366,8 +399,10 @@ class _Bench:
         self.anew(self.plan.home)
         for tokens in self.plan.pieces:
             ids = self.ids(1, tokens, seed=tokens)[0]
-            times = walls(partial(self._commit, ids), self.device, repeats=8)
-            read = walls(partial(self.runner.read, [ids], self.cache), self.device, repeats=8)
+            times = walls(partial(self._commit, ids), self.device, repeats=self.few(8))
+            read = walls(
+                partial(self.runner.read, [ids], self.cache), self.device, repeats=self.few(8)
+            )
             self.notes.row(
                 "pieces",
                 tokens=tokens,

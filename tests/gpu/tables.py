@@ -6,6 +6,8 @@ from typing import Any
 # Long lists are for the JSON.
 _MOST_CHARS = 100
 _MOST_ROWS = 200
+# Told in the short form, of a section.
+_FAILURES = 10
 
 
 def as_markdown(report: Mapping[str, Any]) -> str:
@@ -49,6 +51,8 @@ def as_summary(report: Mapping[str, Any]) -> str:
             for step, found in section["steps"].items()
             if found["state"] != "done"
         ]
+        failures = section["tables"].get("failures", [])
+        lines += [f"    {' '.join(map(str, row.values()))[:200]}" for row in failures[:_FAILURES]]
     lines += ["", *_aligned(_passes(report)), "", *_aligned(report["aims"])]
     return "\n".join(lines) + "\n"
 

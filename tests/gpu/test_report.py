@@ -67,7 +67,12 @@ def test_every_section_gives_figures_though_one_dies(tmp_path: Path) -> None:
     }
     assert all(row["ms"] > 0 and row["device_ms"] > 0 for row in tables["passes"])
     assert all(1 <= row["fewest"] <= row["most"] <= 8 for row in tables["experts"])
-    assert [row["tokens"] for row in tables["prefill"]] == [48, 48]
+    assert [(row["behind"], row["tokens"]) for row in tables["prefill"]] == [
+        (0, 48),
+        (48, 48),
+        (0, 16),
+        (0, 48),
+    ]
     assert {row["passes"] for row in tables["forced passes"]} == {3}
     assert {row["weighed"] for row in tables["fills"]} == {False, True}
     assert [row["tokens"] for row in tables["pieces"]] == [8, 20]

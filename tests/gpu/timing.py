@@ -54,7 +54,7 @@ def steady(
 
     Args:
         run: does the thing once. device: where it does.
-        repeats: at most; fewer, but 5 at the least, where they would take longer than `budget_s`.
+        repeats: at most; fewer, but no fewer than 5, where they would take longer than `budget_s`.
         warm_up: runs that do not count.
     """
     for _ in range(warm_up):
@@ -64,7 +64,7 @@ def steady(
     run()
     finish(device)
     one_s = time.perf_counter() - started
-    repeats = max(5, min(repeats, int(budget_s / max(one_s, 1e-6))))
+    repeats = max(min(5, repeats), min(repeats, int(budget_s / max(one_s, 1e-6))))
     if not is_cuda(device):
         return walls(run, device, repeats=repeats, warm_up=0)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
