@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ class Untokenized:
 
 def test_runs_take_turns() -> None:
     log: list[str] = []
-    times = in_turn({name: lambda n=name: log.append(n) for name in "ab"}, 3, CPU)
+    times = in_turn({name: partial(log.append, name) for name in "ab"}, 3, CPU)
     assert log == list("ababab")
     assert {name: len(each) for name, each in times.items()} == {"a": 3, "b": 3}
 
@@ -60,13 +62,13 @@ def test_every_figure_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_busy_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
-    popen = bench.subprocess.Popen
+    popen = subprocess.Popen
 
     def noting(*args: Any, **options: Any) -> Any:
         started.append(popen(*args, **options))
         return started[-1]
 
-    monkeypatch.setattr(bench.subprocess, "Popen", noting)
+    monkeypatch.setattr(subprocess, "Popen", noting)
 
     def interrupted() -> None:
         with bench._busy_process():

@@ -36,7 +36,7 @@ def _seeded() -> None:
 
 def bf16_weight(*shape: int) -> Tensor:
     """Random float32 numbers that bfloat16 holds, as those of a checkpoint."""
-    return (torch.randn(shape) / shape[-1] ** 0.5).bfloat16().float()
+    return torch.randn(shape).div(shape[-1] ** 0.5).bfloat16().float()
 
 
 class TestNorms:
@@ -82,11 +82,23 @@ class TestNorms:
 
         scalar = torch.tensor([0.7])
         routed = rows[place].view(tokens, k, width).sum(1)
-        scaled = [weight * wide for weight in weights[4:]]
-        ours = feed_forward_residual(residual, dense, routed, *scaled, scalar, eps=EPS)
-        theirs = defined_layer(residual, dense, rows, place, *weights[4:], scalar, eps=EPS)
-        for mine, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, other, **CLOSE)
+        first, second, third, last = weights[4:]
+        found = feed_forward_residual(
+            residual,
+            dense,
+            routed,
+            first * wide,
+            second * wide,
+            third * wide,
+            last * wide,
+            scalar,
+            eps=EPS,
+        )
+        expected = defined_layer(
+            residual, dense, rows, place, first, second, third, last, scalar, eps=EPS
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, **CLOSE)
 
     def test_gated(self) -> None:
         both = torch.linspace(-30, 30, 4096).view(4, 1024)
@@ -119,7 +131,7 @@ class TestExperts:
         weights, ids = scores.softmax(-1).topk(k, -1)
         monkeypatch.setattr(experts, "MOST_DENSE", 10**9 if path == "_all" else 0)
         monkeypatch.setattr(experts, "SPARE_ROWS", 10**9 if path == "_padded" else -(10**9))
-        taken = []
+        taken: list[str] = []
         monkeypatch.setattr(ExpertWeights, path, _noting(getattr(ExpertWeights, path), taken))
         out = ExpertWeights(gate_up, down)(x, ids, weights)
         assert taken == [path]
