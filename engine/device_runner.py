@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from infilld.engine.cache import PrefixCache
-from infilld.engine.config import LayerKind, ModelConfig
+from infilld.engine.config import ModelConfig
 from infilld.engine.passes import CanvasPass
 from infilld.engine.reading import Ask, Belief, Reading
 from infilld.engine.runner import BELIEF_TOKENS, Runner, imposed
@@ -33,8 +33,13 @@ CANVAS_BUCKETS = (16, 32, 64, 128, 256)
 ROW_BUCKETS = (1, 2, 3, 4, 6, 8)
 # Shorter pieces of a prompt are what typing needs; longer ones are not bound by launches.
 PIECE_BUCKETS = (8, 32, 128)
+# Texts that are weighed: candidates of a gap, with the suffix behind them.
+READ_ROW_BUCKETS = (1, 2, 4, 8, 16)
+READ_BUCKETS = (8, 16, 32, 64, 128)
 # A gap of a line with its suffix, alone and with a draft.
 WARM_BUCKETS = ((1, 64), (2, 64))
+# Candidates of a line, few and many.
+WARM_READS = ((2, 16), (8, 32))
 # Sets of banned tokens that one captured pass takes.
 _MOST_BANS = 24
 
@@ -156,29 +161,22 @@ class DeviceRunner(Runner):
             if length <= self.config.canvas_tokens:
                 canvas = self._zeros(rows, length)
                 self.run([CanvasPass(canvas, cache, None, ask)])
-        hidden = self.read([torch.zeros(4, dtype=torch.int64)], cache)[0]
-        self.log_probabilities(hidden, self._zeros(4))
+        for rows, tokens in WARM_READS:
+            hidden = self.read([torch.zeros(tokens, dtype=torch.int64)] * rows, cache)[0]
+            self.log_probabilities(hidden, self._zeros(tokens))
 
     @torch.inference_mode()
     def read(self, rows: Sequence[Tensor], cache: PrefixCache) -> list[Tensor]:
         """Read token rows [N] causally, each after the prefix; hidden states [N, D] of each."""
-        assert isinstance(cache, SlabCache)
-        slot, counts = self._numbers([cache.slot]), self._counts([cache])
+        if len(rows) > READ_ROW_BUCKETS[-1]:
+            half = len(rows) // 2
+            return [*self.read(rows[:half], cache), *self.read(rows[half:], cache)]
         lengths = [len(row) for row in rows]
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            parts = [torch.split(tensor, lengths) for tensor in (query, key, value)]
-            attended = [
-                self._attend_causally(layer, own, slot, counts, writes=False)
-                for own in zip(*parts, strict=True)
-            ]
-            return torch.cat(attended)
-
-        start = cache.tokens
-        positions = torch.cat([torch.arange(start, start + n) for n in lengths])
-        x = self.stack.embed(self._moved(torch.cat([row.cpu() for row in rows])))
-        hidden = self.stack.run(x, self._moved(positions), attend, is_encoder=True)
-        return list(torch.split(hidden, lengths))
+        wide = next(n for n in READ_ROW_BUCKETS if n >= len(rows))
+        longest = next((n for n in READ_BUCKETS if n >= max(lengths)), max(lengths))
+        reading = self._tokens_pass(wide, longest, writes=False)
+        hidden = self._fill_tokens(reading, [row.cpu() for row in rows], cache)
+        return [own[:count].clone() for own, count in zip(hidden, lengths, strict=False)]
 
     @torch.inference_mode()
     def run(self, passes: Sequence[CanvasPass]) -> list[Reading]:
@@ -225,73 +223,72 @@ class DeviceRunner(Runner):
         bucket = next((n for n in PIECE_BUCKETS if count <= n <= room), count)
         cache.make_room(bucket)
         ids = tokens.cpu()
-        padded = torch.cat((ids, ids[-1:].expand(bucket - count)))
-        places = torch.arange(bucket).clamp(max=count - 1)
-        key = ("piece", bucket)
-        piece = self._captured.get(key)
-        if piece is None:
-            is_bucket = bucket in PIECE_BUCKETS
-            pool = self._pool if is_bucket else None
-            piece = _Captured(self._piece_inputs(bucket), self._piece, pool)
-            if is_bucket:
-                self._captured[key] = piece
-        inputs = piece.inputs
-        self._put(inputs["tokens"], padded)
-        self._put(inputs["positions"], places + cache.tokens)
-        self._put(inputs["routed_as"], places)
-        self._put(inputs["slots"], torch.tensor([cache.slot]))
-        for kind in self.config.kinds:
-            self._put(inputs[f"count_{kind}"], torch.tensor([cache.stored(kind)]))
-        (hidden,) = piece.run()
-        hidden = hidden[:count].clone()
+        hidden = self._fill_tokens(self._tokens_pass(1, bucket, writes=True), [ids], cache)
+        hidden = hidden[0, :count].clone()
         cache.extend(ids)
         return hidden
 
-    def _piece_inputs(self, tokens: int) -> dict[str, Tensor]:
-        return {
-            "tokens": self._zeros(tokens),
-            "positions": self._zeros(tokens),
-            "routed_as": self._zeros(tokens),
-            "slots": self._zeros(1, dtype=torch.int32),
-            **{f"count_{kind}": self._zeros(1, dtype=torch.int32) for kind in self.config.kinds},
-        }
+    def _tokens_pass(self, rows: int, length: int, *, writes: bool) -> _Captured:
+        """A causal pass over rows of tokens; a graph where its shape is one of the buckets."""
+        key = ("tokens", rows, length, writes)
+        found = self._captured.get(key)
+        if found is None:
+            shape = (rows, length)
+            inputs = {name: self._zeros(*shape) for name in ("tokens", "positions", "routed_as")}
+            numbers = ["slots", *(f"count_{kind}" for kind in self.config.kinds)]
+            inputs |= {name: self._zeros(rows, dtype=torch.int32) for name in numbers}
+            is_bucket = length in (PIECE_BUCKETS if writes else READ_BUCKETS)
+            compute = partial(self._read_tokens, writes=writes)
+            found = _Captured(inputs, compute, self._pool if is_bucket else None)
+            if is_bucket:
+                self._captured[key] = found
+        return found
 
-    def _piece(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        counts = {kind: inputs[f"count_{kind}"] for kind in self.config.kinds}
+    def _fill_tokens(
+        self, tokens_pass: _Captured, rows: Sequence[Tensor], cache: PrefixCache
+    ) -> Tensor:
+        """Hidden states [R, T, D] of rows [N] behind one prefix; what pads them means nothing."""
+        inputs = tokens_pass.inputs
+        wide, length = inputs["tokens"].shape
+        padded = [*rows, *[rows[0]] * (wide - len(rows))]
+        ends = torch.tensor([len(row) for row in padded])[:, None] - 1
+        places = torch.arange(length).expand(wide, length).minimum(ends)
+        ids = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True)
+        self._put(inputs["tokens"], ids.gather(1, places))
+        self._put(inputs["positions"], places + cache.tokens)
+        self._put(inputs["routed_as"], places + length * torch.arange(wide)[:, None])
+        self._put(inputs["slots"], torch.tensor([_slot(cache)] * wide))
+        for kind in self.config.kinds:
+            self._put(inputs[f"count_{kind}"], torch.tensor([cache.stored(kind)] * wide))
+        return tokens_pass.run()[0].view(wide, length, -1)
+
+    def _read_tokens(self, inputs: dict[str, Tensor], *, writes: bool) -> tuple[Tensor, ...]:
+        shape = inputs["tokens"].shape
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            own = (query, key, value)
-            return self._attend_causally(layer, own, inputs["slots"], counts, writes=True)
+            kind = self.config.layer_kinds[layer]
+            q, k, v = (t.view(*shape, *t.shape[1:]) for t in (query, key, value))
+            return prefix_attention(
+                q,
+                k,
+                v,
+                self.slab.keys[layer],
+                self.slab.values[layer],
+                inputs["slots"],
+                inputs[f"count_{kind}"],
+                window=self.config.sliding_window if kind == "sliding" else None,
+                writes=writes,
+                impl=self.stack.impl,
+            ).flatten(0, 1)
 
         hidden = self.stack.run(
-            self.stack.embed(inputs["tokens"]),
-            inputs["positions"],
+            self.stack.embed(inputs["tokens"].flatten()),
+            inputs["positions"].flatten(),
             attend,
             is_encoder=True,
-            routed_as=inputs["routed_as"],
+            routed_as=inputs["routed_as"].flatten(),
         )
         return (hidden,)
-
-    def _attend_causally(
-        self,
-        layer: int,
-        own: tuple[Tensor, Tensor, Tensor],
-        slot: Tensor,
-        counts: dict[LayerKind, Tensor],
-        *,
-        writes: bool,
-    ) -> Tensor:
-        kind = self.config.layer_kinds[layer]
-        return prefix_attention(
-            *own,
-            self.slab.keys[layer],
-            self.slab.values[layer],
-            slot,
-            counts[kind],
-            window=self.config.sliding_window if kind == "sliding" else None,
-            writes=writes,
-            impl=self.stack.impl,
-        )
 
     # Canvases.
 
@@ -479,21 +476,9 @@ class DeviceRunner(Runner):
         """Copy host numbers to the device without waiting for it."""
         target.copy_(self._pinned(values.to(target.dtype)), non_blocking=True)
 
-    def _moved(self, values: Tensor) -> Tensor:
-        return self._pinned(values).to(self.device, non_blocking=True)
-
     def _pinned(self, values: Tensor) -> Tensor:
         # A copy from pageable memory would make the host wait for the device.
         return values.pin_memory() if self.device.type == "cuda" else values
-
-    def _numbers(self, values: Sequence[int]) -> Tensor:
-        return self._moved(torch.tensor(values, dtype=torch.int32))
-
-    def _counts(self, caches: Sequence[PrefixCache]) -> dict[LayerKind, Tensor]:
-        return {
-            kind: self._numbers([cache.stored(kind) for cache in caches])
-            for kind in self.config.kinds
-        }
 
 
 def _slot(cache: PrefixCache) -> int:

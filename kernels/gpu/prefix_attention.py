@@ -17,17 +17,17 @@ def prefix_attention(
     window: int | None,
     writes: bool,
 ) -> Tensor:
-    """[T, H * A] in the type of q; see `infilld.kernels.prefix_attention`.
+    """[R, T, H * A] in the type of q; see `infilld.kernels.prefix_attention`.
 
     Raises:
         KernelUnavailable: no CUDA device, a head size or type that the kernel does not take.
         ValueError: the slots' strides differ, or numbers of a position are not side by side.
     """
-    out = attend(
+    return attend(
         "prefix_attention",
-        q[None],
-        k[None],
-        v[None],
+        q,
+        k,
+        v,
         past_keys,
         past_values,
         slot,
@@ -38,4 +38,3 @@ def prefix_attention(
         window=window,
         writes=writes,
     )
-    return out[0]

@@ -21,15 +21,34 @@ def prefix_attention(
     window: int | None,
     writes: bool,
 ) -> Tensor:
-    """[T, H * A] in the type of q; see `infilld.kernels.prefix_attention`.
+    """[R, T, H * A] in the type of q; see `infilld.kernels.prefix_attention`.
 
     Raises:
         ValueError: the positions lie outside the slots.
 
     Source: transformers 5.23.0, models/diffusion_gemma.
     """
+    rows = [
+        _row(q_, k_, v_, past_keys, past_values, at, held, window=window, writes=writes)
+        for q_, k_, v_, at, held in zip(q, k, v, slot.tolist(), count.tolist(), strict=True)
+    ]
+    return torch.stack(rows) if rows else q.flatten(2)
+
+
+def _row(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_keys: Tensor,
+    past_values: Tensor,
+    at: int,
+    held: int,
+    *,
+    window: int | None,
+    writes: bool,
+) -> Tensor:
+    """One row's [T, H * A]."""
     work, tokens = work_type(q), len(q)
-    at, held = int(slot), int(count)
     slabs, _, capacity, _ = past_keys.shape
     end = held + tokens if writes else held
     if not (0 <= at < slabs and held >= 0 and end <= capacity):

@@ -338,7 +338,7 @@ class TestBuckets:
         for length in (3, 5, 9):
             canvas = random_ids(SMALL, 1, length, seed=length)
             runner.run([CanvasPass(canvas, cache, None, ask_plainly(runner))])
-        assert sorted(key[0] for key in runner._captured) == ["canvas", "piece"]
+        assert sorted(key[0] for key in runner._captured) == ["canvas", "tokens"]
 
     def test_readings_outlive_the_next_pass(self) -> None:
         """A replay writes where the last one wrote; who has a reading keeps it."""

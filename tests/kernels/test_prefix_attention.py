@@ -56,6 +56,19 @@ def make(
     }
 
 
+def in_rows(*, window: int | None = None, writes: bool = False) -> dict[str, Any]:
+    """Three rows: two behind one prefix, and one behind none."""
+    call = make(tokens=15, count=0 if writes else 9, window=window, writes=writes)
+    for name in "qkv":
+        call[name] = call[name].unflatten(0, (3, 5))
+    call["slot"] = torch.tensor([1, 1, 0], dtype=torch.int32)
+    call["count"] = torch.tensor([9, 4, 0], dtype=torch.int32)
+    if writes:
+        call = {name: t[1:] if name in ("q", "k", "v", "slot") else t for name, t in call.items()}
+        call["count"] = torch.tensor([0, 0], dtype=torch.int32)
+    return call
+
+
 def widened(call: dict[str, Any]) -> dict[str, Any]:
     return {
         name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
@@ -174,6 +187,17 @@ class TestReference:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             assert run(make(tokens=3, count=5, dtype=dtype)).dtype == dtype
 
+    @pytest.mark.parametrize("window", [None, 4])
+    def test_rows_are_what_each_is_alone(self, window: int | None) -> None:
+        call = in_rows(window=window)
+        together = run(call)
+        for row in range(3):
+            own = ("q", "k", "v")
+            alone = call | {name: call[name][row] for name in own}
+            alone |= {name: call[name][row : row + 1] for name in ("slot", "count")}
+            assert torch.equal(together[row], run(alone))
+        assert together.isfinite().all()
+
     def test_empty(self) -> None:
         assert run(make(tokens=0, count=5)).shape == (0, 64)
 
@@ -196,7 +220,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("name", "change", "message"),
         [
-            ("q", lambda t: t[0], r"expected q \[T, H, A\]"),
+            ("q", lambda t: t[0], r"expected q \[R, T, H, A\]"),
             ("q", lambda t: t[:, :3], "3 query heads do not divide among 2 key heads"),
             ("k", lambda t: t[1:], r"k is \[2, 2, 16\], expected \[3, 2, 16\]"),
             ("v", lambda t: t.double(), "v is torch.float64, expected one of float32"),
@@ -237,6 +261,8 @@ CASES |= {
     "bfloat16-under-float32": make(tokens=5, count=20, past_dtype=BF16),
     "head-of-512": make(tokens=5, count=20, heads=2, key_heads=1, size=512),
     "empty": make(tokens=0, count=5),
+    "rows": in_rows(),
+    "rows-window": in_rows(window=4),
 }
 REFUSED = {
     "float64": (make(tokens=2, count=3, dtype=torch.float64), "float64"),
@@ -291,6 +317,7 @@ WRITES = {
     "float8": awkward_for_float8(),
     "float8-of-bfloat16": make(tokens=9, count=7, dtype=BF16, past_dtype=F8),
     "nothing": make(tokens=21, count=7, writes=False),
+    "rows": in_rows(writes=True),
 }
 SCRIPT = """
 import sys, torch
