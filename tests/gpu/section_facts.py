@@ -33,7 +33,7 @@ def measure(notes: Notes, machine: Machine) -> None:
             "multiprocessors": traits.multi_processor_count,
             "memory_gb": round(total / 1e9, 2),
             "free_gb": round(free / 1e9, 2),
-            "l2_mb": round(traits.L2_cache_size / 1e6, 1),
+            "l2_mb": round(getattr(traits, "L2_cache_size", 0) / 1e6, 1),
             "cuda": torch.version.cuda,
             "driver": _driver(),
         }

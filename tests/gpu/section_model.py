@@ -153,7 +153,7 @@ class _Bench:
         while self.cache.tokens < tokens:
             start = self.cache.tokens
             count = min(most, tokens - start)
-            ids = self.ids(1, count, seed=start)[0]
+            ids = self.ids(1, count, seed=start)[0].cpu()
             finish(self.device)
             began = time.perf_counter()
             self.runner.encode(ids, self.cache)
@@ -330,12 +330,11 @@ class _Bench:
                 )
 
     def _fill(self, length: int, passes: int, kept: int, is_weighed: bool) -> None:
-        typed = self.ids(1, self.plan.typed_tokens, seed=self.cache.tokens)[0]
+        typed = self.ids(1, self.plan.typed_tokens, seed=self.cache.tokens)[0].cpu()
         if self.cache.trim(kept) != kept:
             raise RuntimeError("the prefix could not be cut back")
         self.runner.encode(typed, self.cache)
-        tokens = self.denoised(length, passes).tokens[0]
-        tokens.tolist()
+        tokens = self.denoised(length, passes).tokens[0].cpu()
         if is_weighed:
             (hidden,) = self.runner.read([tokens], self.cache)
             self.runner.log_probabilities(hidden[:-1], tokens[1:]).tolist()
@@ -398,7 +397,8 @@ class _Bench:
         """Tokens typed behind a warm prefix: how long a piece takes to read."""
         self.anew(self.plan.home)
         for tokens in self.plan.pieces:
-            ids = self.ids(1, tokens, seed=tokens)[0]
+            # On the host, where the engine keeps the tokens of texts.
+            ids = self.ids(1, tokens, seed=tokens)[0].cpu()
             times = walls(partial(self._commit, ids), self.device, repeats=self.few(8))
             read = walls(
                 partial(self.runner.read, [ids], self.cache), self.device, repeats=self.few(8)
