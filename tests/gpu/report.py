@@ -89,6 +89,7 @@ class Run:
             left_s = max(0.0, self._until - time.time())
             section.limit_s = round(left_s * section.share / later, 1)
             started = time.time()
+            section.status = "begun"
             self._section(section, started + section.limit_s)
             section.seconds = round(time.time() - started, 1)
             self.write(is_finished=False)
