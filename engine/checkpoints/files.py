@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from infilld.engine.errors import CheckpointMismatch, CheckpointMissing
+from infilld.engine.errors import CheckpointMismatch, CheckpointMissing, NotEnoughMemory
 
 # What safetensors calls the types that hold plain numbers, and bytes of every type we meet.
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -96,7 +96,8 @@ def read_headers(files: list[Path]) -> list[Entry]:
     """
     entries: dict[str, Entry] = {}
     for path in files:
-        with _opened(path) as file:
+        # As numpy's: torch maps a file so that the system wants as much memory free.
+        with _opened(path, "np") as file:
             for name in file.keys():  # noqa: SIM118 -- a safetensors handle is no mapping
                 if name in entries:
                     raise CheckpointMismatch(f"{name} is in two files")
@@ -140,12 +141,21 @@ class Reader:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, framework: str = "pt") -> Iterator[Any]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework=framework) as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from None
+    except RuntimeError as error:
+        # torch's, where the system would not promise as much memory as the file has.
+        if "mmap" not in str(error):
+            raise
+        raise NotEnoughMemory(
+            f"{path} cannot be mapped into memory: {error}",
+            remedy="Use a checkpoint in several files, or let the system promise more memory than "
+            "it has (sysctl vm.overcommit_memory=1).",
+        ) from None
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointMissing:

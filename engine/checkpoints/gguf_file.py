@@ -130,8 +130,8 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # Copy on write: torch wants memory that it could write to.
-            self._bytes: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, "c")
+            # Only for reading: for a private mapping the system would want as much memory free.
+            self._bytes: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
         except (OSError, ValueError) as error:
             raise CheckpointMissing(f"{path} cannot be read: {error}") from None
         cursor = _Cursor(self._bytes, path)
@@ -152,10 +152,10 @@ class GgufFile:
             self.tensors[name] = self._place(name, shape, code, begin + offset)
 
     def blocks(self, tensor: StoredTensor, first: int, last: int) -> npt.NDArray[np.uint8]:
-        """Bytes [last - first, block_bytes] of the blocks [first, last)."""
+        """Bytes [last - first, block_bytes] of the blocks [first, last), copied."""
         start = tensor.start + first * tensor.block_bytes
         flat = self._bytes[start : start + (last - first) * tensor.block_bytes]
-        return flat.reshape(last - first, tensor.block_bytes)
+        return np.array(flat).reshape(last - first, tensor.block_bytes)
 
     def places(self, strings: Strings, wanted: frozenset[str]) -> dict[str, int]:
         """Index of each wanted text in an array of strings, where it is there."""

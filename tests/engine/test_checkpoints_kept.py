@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from tiny_model import ALL_TWO, TAME, checkpoint
 from torch import Tensor
 
-from infilld.engine.checkpoints import kept, streaming
+from infilld.engine.checkpoints import files, kept, streaming
 from infilld.engine.checkpoints.kept import MANIFEST, inspect_kept, is_kept, read_kept
 from infilld.engine.checkpoints.loading import inspect_checkpoint, read_weights
 from infilld.engine.checkpoints.quantizing import Quantization, is_quantizable, quantize_rows
 from infilld.engine.checkpoints.streaming import cache_folder, quantize_folder, read_quantized
 from infilld.engine.checkpoints.weights import Weights
-from infilld.engine.errors import CheckpointMismatch, CheckpointMissing
+from infilld.engine.errors import CheckpointMismatch, CheckpointMissing, NotEnoughMemory
 from infilld.kernels._weights import QuantizedWeight
 
 INT4, INT8 = Quantization(kind="int4"), Quantization(kind="int8")
@@ -419,3 +419,19 @@ class TestBadSource:
         save_file(tensors, path, metadata={"format": "pt"})
         with pytest.raises(CheckpointMismatch, match="differs from the embedding"):
             read_quantized(source, INT4)
+
+    def test_a_file_that_the_system_will_not_map(
+        self, source: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = files.safe_open
+
+        def too_large(path: Path, framework: str) -> Any:
+            if framework == "pt":
+                raise RuntimeError(f"unable to mmap 50502065392 bytes from file <{path}>")
+            return real(path, framework=framework)
+
+        monkeypatch.setattr(files, "safe_open", too_large)
+        with pytest.raises(NotEnoughMemory, match="cannot be mapped into memory") as caught:
+            read_quantized(source, INT4)
+        assert "several files" in caught.value.remedy
+        assert inspect_checkpoint(source).format == "plain"

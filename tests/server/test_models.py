@@ -1,18 +1,22 @@
 """`infilld models`: what it accepts, what it tells, and what it makes."""
 
 import json
+import math
 import os
 import pty
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_gguf import Type, write_gguf
+from tiny_gguf import Type, config_json, write_gguf
 
+from infilld.engine.checkpoints.weights import expected_shapes
+from infilld.engine.config import ModelConfig
 from infilld.server import cli, models
 from infilld.server.settings import STARTER
 
@@ -180,6 +184,72 @@ class TestInspect:
         assert any(line.split()[:2] == ["format", "plain"] for line in lines)
         assert any(line.split()[:4] == ["embedding", "BF16", "16.0", "bits"] for line in lines)
         assert any(line.startswith("  keys and values") for line in lines)
+
+
+def write_large(folder: Path) -> None:
+    """Google's 26B model, all of whose numbers are holes in the file."""
+    folder.mkdir()
+    config = config_json(
+        vocab_size=262_144,
+        hidden_size=2816,
+        intermediate_size=2112,
+        moe_intermediate_size=704,
+        num_hidden_layers=30,
+        layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 5,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        num_global_key_value_heads=2,
+        head_dim=256,
+        global_head_dim=512,
+        sliding_window=1024,
+        num_experts=128,
+        top_k_experts=8,
+        max_position_embeddings=262_144,
+    ) | {"canvas_length": 256}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = dict(expected_shapes(ModelConfig.from_dict(config)))
+    (layers,) = shapes.pop("encoder_scalars")
+    named = {f"model.decoder.{name}": shape for name, shape in shapes.items()}
+    scalar = "model.encoder.language_model.layers.{}.layer_scalar"
+    header, at = {}, 0
+    for name, shape in {**named, **{scalar.format(i): (1,) for i in range(layers)}}.items():
+        end = at + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": (at, end)}
+        at = end
+    told = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(told)) + told)
+        file.truncate(8 + len(told) + at)
+
+
+class TestLarge:
+    """More bytes than many a machine has memory: only the header may be looked at."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        write_large(tmp_path / "large")
+        return tmp_path / "large"
+
+    def test_int4_with_32k_of_context_fits_18_gb(
+        self, folder: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        report = told(capfd, "inspect", str(folder), "--memory", "18", "--context", "32768")
+        assert report["format"] == "plain"
+        assert report["stored_bytes"] == 50_501_973_624
+        assert report["fits"]
+        memory = {row["what"]: row for row in report["memory"]}
+        assert memory["weights in few bits"]["remark"] == "int4"
+        assert report["needed_bytes"] == pytest.approx(17.93e9, abs=0.01e9)
+
+    def test_what_fits_instead_is_told(
+        self, folder: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        plain = ["--weights", "plain", "--memory", "24"]
+        report = told(capfd, "inspect", str(folder), *plain, "--context", "32768")
+        assert not report["fits"]
+        (offer,) = report["instead"]
+        assert (offer["weights"], offer["context_tokens"]) == ("int4", 32_768)
+        assert offer["needed_bytes"] < 24_000_000_000
 
 
 def test_a_gguf_file_is_told_by_itself_or_by_its_folder(
