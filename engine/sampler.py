@@ -252,7 +252,8 @@ def denoising(
         converged = converged | stop.done(history)
         is_finite = step.entropy_nats.isfinite().all()
         polled.push(step, is_finite, converged, step.argmax, step.log_probability, step.accepted)
-        is_end = index + 1 == config.max_steps
+        was_late = is_late is not None and is_late()
+        is_end = was_late or index + 1 == config.max_steps
         for seen, (was_finite, were_converged, *shown) in polled.seen(is_last=is_end):
             _refuse_unfinite(was_finite, seen.index)
             passes = seen.index + 1

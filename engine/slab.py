@@ -16,7 +16,7 @@ class SlabCache(PrefixCache):
     """A prefix cache in one slot of a slab.
 
     Attributes:
-        slot: its number.
+        slot: its number; it goes back to the free ones when the cache is closed or forgotten.
     """
 
     def __init__(
@@ -25,12 +25,18 @@ class SlabCache(PrefixCache):
         slot: int,
         storage: Sequence[tuple[Tensor, Tensor]],
         margin_tokens: int,
+        free: list[int],
     ) -> None:
         keys = storage[0][0]
         super().__init__(
             config, keys.device, keys.dtype, margin_tokens=margin_tokens, storage=storage
         )
         self.slot = slot
+        self._release = weakref.finalize(self, free.append, slot)
+
+    def close(self) -> None:
+        """Free the slot at once, though somebody may still refer to it: an exception, say."""
+        self._release()
 
 
 class CacheSlab:
@@ -90,6 +96,4 @@ class CacheSlab:
             (keys[slot : slot + 1], values[slot : slot + 1])
             for keys, values in zip(self.keys, self.values, strict=True)
         ]
-        cache = SlabCache(self._config, slot, storage, self._margin)
-        weakref.finalize(cache, self._free.append, slot)
-        return cache
+        return SlabCache(self._config, slot, storage, self._margin, self._free)

@@ -31,6 +31,9 @@ from infilld.kernels.norm_rope import norm_rope
 from infilld.kernels.quant_pack import quant_pack
 from infilld.kernels.route import Routes, route
 
+# A large embedding widened to float32 at once would be most of a small GPU.
+_SUMMED_ROWS = 8192
+
 Impl: TypeAlias = Literal["gpu", "reference"]
 Weight: TypeAlias = Tensor | QuantizedWeight | TiledWeight
 # (layer, q [T, H, A], k [T, K, A], v [T, K, A]) -> [T, H * A]
@@ -113,7 +116,7 @@ class Stack:
         self.nbytes = self.parameter_count = 0
         self.embedding = self._plain(tensors.pop("embed_tokens.weight"))
         # What a belief of nothing means: every token alike.
-        self.mean_embedding = self.embedding.float().mean(0).to(dtype)
+        self.mean_embedding = _mean(self.embedding)
         # sqrt(D) is rounded to the weights' dtype first, as the reference does.
         self._embedding_scale = self.embedding.new_tensor(config.width**0.5)
         prefix = "self_conditioning."
@@ -328,6 +331,12 @@ class Stack:
     ) -> Projection:
         joined = joined_rows([tensors.pop(name) for name in names])
         return Projection([self._placed(weight) for weight in joined], self.impl)
+
+
+def _mean(rows: Tensor) -> Tensor:
+    """Mean row [D] of [V, D] in its type, summed in float32, a part at a time."""
+    sums = [part.float().sum(0) for part in torch.split(rows, _SUMMED_ROWS)]
+    return (torch.stack(sums).sum(0) / len(rows)).to(rows.dtype)
 
 
 def joined_rows(weights: Sequence[Tensor | QuantizedWeight]) -> list[Tensor | QuantizedWeight]:

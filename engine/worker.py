@@ -41,6 +41,7 @@ from infilld.engine.loading import (
     load_infiller,
     pick_device,
     starter_folder,
+    use_device,
 )
 from infilld.engine.passes import CanvasPass, Work
 from infilld.engine.placement import NO_LIMITS, Limits
@@ -413,6 +414,8 @@ class Worker:
 
     def _round(self) -> None:
         """A turn for those that can go on, then a pass for those that want one."""
+        if self._engine is not None:
+            use_device(self._engine.model.device)
         for run in self._next_turns():
             self._sweep()
             if run in self._runs:
@@ -460,7 +463,9 @@ class Worker:
             for run in runs:
                 run.readings = [next(all_readings) for _ in run.wanted]
                 run.has_canvas = True
-            self._pass_ms.append(1e3 * (time.monotonic() - began))
+            if model.device.type == "cpu":
+                # A GPU was only told to begin.
+                self._pass_ms.append(1e3 * (time.monotonic() - began))
             return
         except Exception as error:
             if len(runs) > 1:

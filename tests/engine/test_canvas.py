@@ -106,3 +106,14 @@ def test_how_long_a_gap_starts() -> None:
 
 def test_fillers_are_no_text() -> None:
     assert read_gap([5, 9, 5, 5, 9], filler=9) == [0, 2, 3]
+
+
+def test_gaps_that_are_alike_share_what_is_banned() -> None:
+    """A pass takes few sets of banned tokens, however many gaps it has."""
+    several = CanvasLayout((gap(min_tokens=2),) * 9, (HEAD,) * 9)
+    bans = several.banned(TOKENIZER, VOCAB, never=sorted(TOKENIZER.control_ids), filler=FILLER)
+    # Nothing for what is pinned, the usual, and the usual without a filler.
+    assert len(bans.rows) == 3
+    alone = CanvasLayout((gap(min_tokens=2),), (HEAD,))
+    assert torch.equal(banned(several)[: alone.tokens], banned(alone))
+    assert torch.equal(banned(several), banned(alone).repeat(9, 1))

@@ -88,8 +88,8 @@ def test_running_out_of_memory_forgets_the_prefix_alone(monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", scarce)
         with pytest.raises(torch.OutOfMemoryError):
-            visit(pool, document(1, 90))
-    assert visit(pool, document(1, 90)) == 0
+            visit(pool, document(1, 400))
+    assert visit(pool, document(1, 400)) == 0
     assert visit(pool, document(2)) == 40
 
 

@@ -287,6 +287,17 @@ class TestSlots:
         apart = (readings[0].entropy_nats - readings[1].entropy_nats).abs().max()
         assert 0 < apart < 0.1
 
+    def test_a_slot_is_free_when_its_cache_is_closed(self) -> None:
+        """An exception's traceback may hold on to a cache for long."""
+        runner = device_runner(ours(SMALL), slots=1)
+        cache = filled(runner, 3, 1)
+        cache.close()
+        cache.close()
+        other = filled(runner, 4, 2)
+        assert other.tokens == 4
+        with pytest.raises(NotEnoughMemory):
+            runner.new_cache()
+
 
 class TestBuckets:
     """Padding changes nothing."""
@@ -352,6 +363,41 @@ class TestBuckets:
             [CanvasPass(random_ids(SMALL, 1, 8, seed=0), cache, None, ask_plainly(runner))]
         )
         same(readings[0], again)
+
+    def test_what_went_wrong_before_is_forgotten(self) -> None:
+        """A belief of NaN spoils its own pass, not the next one in the same bucket."""
+        runner = device_runner(ours(SMALL))
+        cache = filled(runner, 6, 1)
+        canvas, ask = random_ids(SMALL, 1, 8, seed=2), ask_plainly(runner)
+        (before,) = runner.run([CanvasPass(canvas, cache, None, ask)])
+        spoilt = Belief(ids=canvas[..., None], probabilities=torch.full((1, 8, 1), torch.nan))
+        (broken,) = runner.run([CanvasPass(canvas, cache, spoilt, ask)])
+        assert broken.entropy_nats.isnan().all()
+        (after,) = runner.run([CanvasPass(canvas, cache, None, ask)])
+        same(before, after)
+
+    def test_passes_with_many_bans_are_run_in_parts(self) -> None:
+        model = ours(SMALL)
+        runner = device_runner(model)
+        caches = [model.new_cache(MARGIN), runner.new_cache()]
+        for each, cache in zip((model, runner), caches, strict=True):
+            each.encode(random_ids(SMALL, 6, seed=1), cache)
+        canvas = random_ids(SMALL, 1, 8, seed=2)
+        draw = torch.Generator().manual_seed(3)
+        asks = [
+            replace(
+                ask_plainly(runner),
+                banned=Bans(
+                    rows=torch.rand(9, SMALL.vocab_tokens, generator=draw) < 0.5,
+                    places=torch.arange(8),
+                ),
+            )
+            for _ in range(3)
+        ]
+        expected = model.run([CanvasPass(canvas, caches[0], None, ask) for ask in asks])
+        found = runner.run([CanvasPass(canvas, caches[1], None, ask) for ask in asks])
+        for one, other in zip(expected, found, strict=True):
+            same(one, other)
 
     def test_warming_up_leaves_every_slot_free(self) -> None:
         runner = device_runner(ours(SMALL), slots=1)

@@ -467,6 +467,12 @@ class TestOneStepLate:
         assert passes == 4
 
     @pytest.mark.usefixtures("late")
+    def test_a_deadline_after_the_first_pass_shows_it(self) -> None:
+        done, steps, passes = self.runs(random_logits(4), is_late=lambda: True)
+        assert done.passes == passes == 1
+        assert [step.index for step in steps] == [0]
+
+    @pytest.mark.usefixtures("late")
     def test_a_damaged_model_is_refused(self) -> None:
         with pytest.raises(ModelError, match="step 0"):
             self.runs(random_logits(3).fill_(torch.nan))
