@@ -12,8 +12,8 @@ from torch import Tensor
 
 from infilld.kernels.cpu.gated import gated
 
-# Up to this many products of a token with an expert, asking all is less than sorting.
-MOST_DENSE = 64
+# Up to this many multiplications in vain, asking all experts takes less time than sorting does.
+MOST_IN_VAIN = 6_000_000
 # Padding is cheaper than groups up to twice the rows, and this many more for each expert.
 SPARE_ROWS = 8
 
@@ -40,7 +40,8 @@ class ExpertWeights:
         Args:
             x: [T, D]. ids: [T, k] int64. weights: [T, k] float32.
         """
-        if len(x) * self.count <= MOST_DENSE:
+        (count, width, both), chosen = self._gate_up.shape, ids.shape[1]
+        if (count - chosen) * len(x) * width * both * 3 // 2 <= MOST_IN_VAIN:
             return self._all(x, ids, weights)
         counts = torch.bincount(ids.flatten(), minlength=self.count)
         most = int(counts.max())

@@ -68,7 +68,8 @@ def _read(
         target_log = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
     if banned is not None:
         x.masked_fill_(banned, -torch.inf)
-    x = F.pad(x, (0, -vocab % TILE_TOKENS), value=-torch.inf)
+    if spare := -vocab % TILE_TOKENS:
+        x = F.pad(x, (0, spare), value=-torch.inf)
     ids, best = best_of(x, top)
 
     # From here on x is the logit less the highest one, which is finite for banned tokens too.
@@ -82,7 +83,7 @@ def _read(
     # With every token banned there is no distribution: 0 becomes NaN.
     total = masses.sum(-1, keepdim=True)
     total = total.where(total != 0, torch.nan)
-    mean = torch.bmm(x[:, None], e[:, :, None])[:, 0] / total
+    mean = x.mul_(e).sum(-1, keepdim=True) / total
     sample = None
     if uniforms is not None:
         sample = draw(masses, e, uniforms).where(total[:, 0].isfinite(), ids[:, 0])

@@ -129,7 +129,7 @@ class TestExperts:
         if is_skewed:
             scores[:, 4] += 100
         weights, ids = scores.softmax(-1).topk(k, -1)
-        monkeypatch.setattr(experts, "MOST_DENSE", 10**9 if path == "_all" else 0)
+        monkeypatch.setattr(experts, "MOST_IN_VAIN", 10**9 if path == "_all" else -1)
         monkeypatch.setattr(experts, "SPARE_ROWS", 10**9 if path == "_padded" else -(10**9))
         taken: list[str] = []
         monkeypatch.setattr(ExpertWeights, path, _noting(getattr(ExpertWeights, path), taken))
