@@ -21,6 +21,7 @@ from infilld.engine.checkpoints.quantizing import (
 from infilld.engine.checkpoints.weights import CheckpointSummary, Part, expected_shapes, part_of
 from infilld.engine.config import ModelConfig
 from infilld.engine.errors import CheckpointMismatch, NotEnoughMemory
+from infilld.engine.model import MOST_PREFIXES
 from infilld.kernels._tiles import tile_layout
 from infilld.kernels._weights import QuantizedWeight
 
@@ -220,7 +221,8 @@ def plan_memory(
         on_gpu: whether the device is a GPU; a CPU computes in float32.
         context_tokens: prefix to plan for; None: 32,768 or what the model reads at most.
         key_values: how they are held; None: bf16 on a GPU, float32 on a CPU.
-        slots: encoded prefixes held at once; None: 1 up to a budget of 24 GB, else 4.
+        slots: encoded prefixes held at once; None: 8 on a CPU, on a GPU 1 up to a budget of 24 GB,
+            else 4.
         budget_bytes: what may be used; None: not known.
 
     Raises:
@@ -234,6 +236,8 @@ def plan_memory(
             f"a context of {context:,} tokens is wanted, the model reads {most:,} at most",
             remedy=f"Ask for a context of 1 to {most} tokens.",
         )
+    if slots is None and not on_gpu:
+        slots = MOST_PREFIXES
     if slots is None:
         is_small = budget_bytes is not None and budget_bytes <= SMALL_BUDGET_BYTES
         slots = 1 if is_small else _MOST_SLOTS

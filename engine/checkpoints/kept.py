@@ -110,6 +110,8 @@ class Writer:
     def _write(self) -> None:
         path = self._folder / f"weights-{len(self._files) + 1:05d}.safetensors"
         save_file(self._waiting, path, metadata={"format": "pt"})
+        # It is written for its owner alone; other files of a checkpoint are not.
+        path.chmod(0o644)
         _flush(path)
         self._files[path.name] = path.stat().st_size
         self._waiting = {}
