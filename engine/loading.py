@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -16,19 +17,23 @@ from infilld.engine.device_runner import DeviceRunner
 from infilld.engine.errors import CheckpointMismatch, NotEnoughMemory, UnsupportedDevice
 from infilld.engine.infill import Infiller
 from infilld.engine.layout import layout_of
-from infilld.engine.memory import KeyValues, budget_of, refuse_too_large
+from infilld.engine.memory import KeyValues, budget_of, free_bytes, refuse_too_large
 from infilld.engine.placement import GPU_DTYPE, NO_LIMITS, Limits, place_on_gpu
 from infilld.engine.prompt import Controls, PromptLayout
 from infilld.engine.ranking import Calibration
 from infilld.engine.runner import Runner
 from infilld.engine.tokenizer import Tokenizer
 from infilld.kernels._launch import KernelUnavailable, require_triton
+from infilld.kernels._weights import QuantizedWeight
+from infilld.kernels.dequantize import dequantize
 
 _CACHE_DTYPES: dict[KeyValues, torch.dtype] = {
     "float32": torch.float32,
     "bf16": torch.bfloat16,
     "fp8": torch.float8_e4m3fn,
 }
+# Of free memory, for weights in few bits that a CPU writes out.
+_SHARE_WRITTEN_OUT = 0.5
 log = logging.getLogger(__name__)
 
 
@@ -69,8 +74,15 @@ def _on_cpu(folder: Path) -> Runner:
     device, dtype = torch.device("cpu"), torch.float32
     weights = read_weights(folder, device=device, dtype=dtype)
     tensors = dict(weights.tensors)
-    is_plain = all(isinstance(each, torch.Tensor) for each in tensors.values())
-    impl: Literal["cpu", "reference"] = "cpu" if is_plain else "reference"
+    few_bits = {name: t for name, t in tensors.items() if isinstance(t, QuantizedWeight)}
+    written_out = sum(math.prod(weight.shape) * dtype.itemsize for weight in few_bits.values())
+    free = free_bytes(device)
+    has_room = free is None or written_out < _SHARE_WRITTEN_OUT * free
+    if has_room:
+        # A CPU has no product of few bits: they would be written out again in every pass.
+        for name, weight in few_bits.items():
+            tensors[name] = dequantize(weight, impl="reference")
+    impl: Literal["cpu", "reference"] = "cpu" if has_room else "reference"
     return Runner(weights.config, tensors, device=device, dtype=dtype, impl=impl)
 
 

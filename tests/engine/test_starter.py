@@ -1,10 +1,15 @@
 """The model that ships inside the package: whole, small, described, and able to fill a gap."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 
+from infilld.engine import loading
 from infilld.engine.checkpoints.loading import inspect_checkpoint
+from infilld.engine.checkpoints.quantizing import Quantization
+from infilld.engine.checkpoints.streaming import quantize_folder
 from infilld.engine.config import ModelConfig, SamplerConfig
 from infilld.engine.infill import Infiller
 from infilld.engine.request import InfillRequest, Span
@@ -56,3 +61,20 @@ def test_its_card_says_what_was_measured_and_what_was_held_out() -> None:
     assert f"{100 * report['rest_of_line']['canvas']['exact_match']:.1f} %" in card
     held_out = card.partition("### Held out")[2]
     assert all(f"/{name} |" in held_out for name in HELD_OUT)
+
+
+def test_in_few_bits_it_is_written_out_where_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU multiplies plain weights; without room for them it takes more time, not more memory."""
+    quantize_folder(STARTER, tmp_path / "int8", Quantization(kind="int8", group=16))
+    roomy = load_infiller(tmp_path / "int8", "cpu")
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 1_000_000)
+    tight = load_infiller(tmp_path / "int8", "cpu")
+    assert tight.model.nbytes < 0.6 * roomy.model.nbytes
+    prompt = torch.arange(20)
+    states = [each.model.encode(prompt, each.model.new_cache()) for each in (roomy, tight)]
+    torch.testing.assert_close(states[0], states[1], atol=1e-3, rtol=1e-3)
+    request = InfillRequest(text=TEXT, spans=(Span(GAP, GAP),), seed=5, boldness=1.0)
+    texts = [each.infill(request).alternatives[0].spans[0].text for each in (roomy, tight)]
+    assert texts[0] == texts[1]
