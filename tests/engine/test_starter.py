@@ -75,6 +75,8 @@ def test_in_few_bits_it_is_written_out_where_there_is_room(
     prompt = torch.arange(20)
     states = [each.model.encode(prompt, each.model.new_cache()) for each in (roomy, tight)]
     torch.testing.assert_close(states[0], states[1], atol=1e-3, rtol=1e-3)
-    request = InfillRequest(text=TEXT, spans=(Span(GAP, GAP),), seed=5, boldness=1.0)
+    text = "def area(w, h):\n    return w * h\n\n\ndef volume(w, h, d):\n    return \n"
+    end = len(text) - 1
+    request = InfillRequest(text=text, spans=(Span(end, end),), seed=5, boldness=1.0)
     texts = [each.infill(request).alternatives[0].spans[0].text for each in (roomy, tight)]
     assert texts[0] == texts[1]
