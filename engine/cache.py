@@ -127,8 +127,10 @@ class PrefixCache:
         """Make every layer able to take so many positions more, before they are there.
 
         Raises:
-            ContextTooLong: memory that does not move is full.
+            ContextTooLong: memory that does not move is full; nothing has changed.
         """
+        for layer, held in enumerate(self._held):
+            self._refuse_too_long(held, layer, tokens)
         for layer, held in enumerate(self._held):
             self._make_room(held, layer, tokens)
 
@@ -210,16 +212,27 @@ class PrefixCache:
     def _sliding_needs(self) -> int:
         return self._config.sliding_window - 1
 
-    def _make_room(self, held: _Held, layer: int, new: int) -> None:
-        keep = held.count
+    def _kept(self, held: _Held, layer: int) -> int:
+        """The last positions of a layer that a trim may ask for."""
         if self._config.layer_kinds[layer] == "sliding" and self._margin is not None:
-            limit = self._sliding_needs() + self._margin
-            keep = min(held.count, limit)
+            return min(held.count, self._sliding_needs() + self._margin)
+        return held.count
+
+    def _refuse_too_long(self, held: _Held, layer: int, new: int) -> None:
         capacity = held.keys.shape[2]
+        if self._is_fixed and self._kept(held, layer) + new > capacity:
+            raise ContextTooLong(
+                f"{self.tokens} tokens and {new} more do not fit the {capacity} that were planned",
+                remedy="Load the model with a longer context, or send less text.",
+            )
+
+    def _make_room(self, held: _Held, layer: int, new: int) -> None:
+        keep, capacity = self._kept(held, layer), held.keys.shape[2]
         if held.count + new <= capacity:
             return
         if self._is_fixed:
-            self._shift(held, keep, new)
+            self._refuse_too_long(held, layer, new)
+            self._shift(held, keep)
             return
         # Drop what no trim may ask for before asking for more memory.
         size = capacity
@@ -237,14 +250,8 @@ class PrefixCache:
         held.keys, held.values = grown
         held.count = keep
 
-    def _shift(self, held: _Held, keep: int, new: int) -> None:
+    def _shift(self, held: _Held, keep: int) -> None:
         """Move the last `keep` positions to the front of memory that cannot grow."""
-        capacity = held.keys.shape[2]
-        if keep + new > capacity:
-            raise ContextTooLong(
-                f"{self.tokens} tokens and {new} more do not fit the {capacity} that were planned",
-                remedy="Load the model with a longer context, or send less text.",
-            )
         for stored in (held.keys, held.values):
             # The two ranges may overlap.
             stored[:, :, :keep] = stored[:, :, held.count - keep : held.count].clone()
