@@ -88,7 +88,8 @@ class _Captured:
         # Other threads may use CUDA meanwhile: the daemon loads, and its clock answers.
         mode = "thread_local"
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
-            # They are held as long as the graph, so no other graph of the pool writes there.
+            # Graphs of the pool may write where others do: who replays one copies what it gave
+            # before the next.
             self._outputs = self._compute(self.inputs)
         return graph
 
@@ -192,15 +193,16 @@ class DeviceRunner(Runner):
             return [*self.run(passes[:half]), *self.run(passes[half:])]
         wide = next((n for n in ROW_BUCKETS if n >= rows), rows)
         longest = max(each.canvas.shape[1] for each in passes)
-        length = next(n for n in self._lengths if n >= longest)
+        length = next((n for n in self._lengths if n >= longest), longest)
         top = max(each.ask.top or 1 for each in passes)
         is_drawn = any(each.ask.draws is not None for each in passes)
-        key = ("canvas", wide, length, top, is_drawn)
+        is_weighed = any(each.ask.weighed is not None for each in passes)
+        key = ("canvas", wide, length, top, is_drawn, is_weighed)
         captured = self._captured.get(key)
         if captured is None:
-            is_bucket = wide in ROW_BUCKETS
+            is_bucket = wide in ROW_BUCKETS and length in self._lengths
             inputs = self._canvas_inputs(wide, length, top)
-            compute = partial(self._canvas_pass, is_drawn=is_drawn)
+            compute = partial(self._canvas_pass, is_drawn=is_drawn, is_weighed=is_weighed)
             captured = _Captured(inputs, compute, self._pool if is_bucket else None)
             if is_bucket:
                 self._captured[key] = captured
@@ -362,19 +364,22 @@ class DeviceRunner(Runner):
             on_routes=on_routes,
         )
 
-    def _canvas_pass(self, inputs: dict[str, Tensor], *, is_drawn: bool) -> tuple[Tensor, ...]:
+    def _canvas_pass(
+        self, inputs: dict[str, Tensor], *, is_drawn: bool, is_weighed: bool
+    ) -> tuple[Tensor, ...]:
         found = self.stack.read_head(
             self._canvas_hidden(inputs),
             temperature=inputs["temperature"].flatten(),
             top=inputs["belief_ids"].shape[-1],
             banned=inputs["banned"],
             ban_row=inputs["ban_row"].flatten(),
-            targets=inputs["targets"].flatten(),
+            # Beside bans they take a second product with the whole head: only where they are asked.
+            targets=inputs["targets"].flatten() if is_weighed else None,
             uniforms=inputs["uniforms"].flatten(0, 1) if is_drawn else None,
         )
         sample = found.argmax if found.sample is None else found.sample
-        assert found.target_log_probability is not None
-        return (*found[:5], sample, found.target_log_probability)
+        logs, weighed = found.log_probability, found.target_log_probability
+        return (*found[:5], sample, logs if weighed is None else weighed)
 
     def _fill(self, inputs: dict[str, Tensor], passes: Sequence[CanvasPass]) -> None:
         """Copy what the passes read to where their bucket reads it; the rest repeats the first."""

@@ -69,7 +69,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> DeviceRunner:
         captures=False,
     )
 
-    def canvas_pass(inputs: dict[str, Tensor], *, is_drawn: bool) -> tuple[Tensor, ...]:
+    def canvas_pass(inputs: dict[str, Tensor], **asked: bool) -> tuple[Tensor, ...]:
         count = inputs["canvas"].numel()
         ids = torch.empty(count, dtype=torch.int64, device=META)
         number = torch.empty(count, device=META)

@@ -248,6 +248,20 @@ class TestSlots:
         canvas = CanvasPass(random_ids(SMALL, 1, 4, seed=4), cache, None, ask_plainly(runner))
         assert runner.run([canvas])[0].entropy_nats.isfinite().all()
 
+    def test_a_piece_that_does_not_fit_leaves_layers_of_a_kind_alike(self) -> None:
+        """Sliding layers before a full one must not have moved where those behind it have not."""
+        model = ours(ODD)
+        runner, plain = device_runner(model, context_tokens=700), model.new_cache(MARGIN)
+        cache = runner.new_cache()
+        prompt = random_ids(ODD, 695, seed=1)
+        for piece in torch.split(prompt, 500):
+            runner.encode(piece, cache)
+            model.encode(piece, plain)
+        with pytest.raises(ContextTooLong, match="do not fit"):
+            runner.encode(random_ids(ODD, 400, seed=3), cache)
+        more = random_ids(ODD, 5, seed=4)
+        torch.testing.assert_close(runner.encode(more, cache), model.encode(more, plain), **CLOSE)
+
     def test_windows_move_within_a_slot(self) -> None:
         """A prompt many windows long, piece by piece, is what it is in memory that grows."""
         model = ours(SMALL)
@@ -350,6 +364,39 @@ class TestBuckets:
             canvas = random_ids(SMALL, 1, length, seed=length)
             runner.run([CanvasPass(canvas, cache, None, ask_plainly(runner))])
         assert sorted(key[0] for key in runner._captured) == ["canvas", "tokens"]
+
+    def test_a_canvas_longer_than_all_buckets_is_read_too(self) -> None:
+        model = ours(replace(SMALL, canvas_tokens=16))
+        runner, plain = device_runner(model), model.new_cache()
+        cache = filled(runner, 6, 1)
+        model.encode(random_ids(SMALL, 6, seed=1), plain)
+        canvas = random_ids(SMALL, 1, 17, seed=2)
+        ask = ask_plainly(runner)
+        (expected,) = model.run([CanvasPass(canvas, plain, None, ask)])
+        (found,) = runner.run([CanvasPass(canvas, cache, None, ask)])
+        same(expected, found)
+        assert all(key[0] == "tokens" for key in runner._captured)
+
+    def test_the_head_weighs_tokens_only_where_they_are_asked(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Beside bans that would read the whole embedding twice."""
+        runner = device_runner(ours(SMALL))
+        cache = filled(runner, 6, 1)
+        asked: list[bool] = []
+        read = runner.stack.read_head
+
+        def spied(hidden: Tensor, **what: Any) -> Any:
+            asked.append(what["targets"] is not None)
+            return read(hidden, **what)
+
+        monkeypatch.setattr(runner.stack, "read_head", spied)
+        canvas = random_ids(SMALL, 1, 8, seed=2)
+        for weighed in (None, canvas, None):
+            ask = replace(ask_plainly(runner), weighed=weighed)
+            (reading,) = runner.run([CanvasPass(canvas, cache, None, ask)])
+            assert (reading.weighed is None) == (weighed is None)
+        assert asked == [False, True, False]
 
     def test_readings_outlive_the_next_pass(self) -> None:
         """A replay writes where the last one wrote; who has a reading keeps it."""
