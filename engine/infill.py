@@ -194,6 +194,11 @@ class Infiller:
         """Longest prompt that is encoded."""
         return min(_PROMPT_TOKENS, max(8, self.model.context_tokens))
 
+    @property
+    def awaits_prefix(self) -> bool:
+        """Whether work waits until other work gives an encoded prefix back."""
+        return self._prefixes.is_awaited
+
     def infill(self, request: InfillRequest, hooks: Hooks | None = None) -> InfillResult:
         """Fill the spans of a request; see `work`."""
         return drive(self.model, self.work(request, hooks))

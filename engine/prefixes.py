@@ -41,11 +41,17 @@ class PrefixPool:
         self._model = model
         self._caches: list[PrefixCache] = []
         self._used: list[PrefixCache] = []
+        self._queue: list[object] = []
         is_cpu = model.device.type == "cpu"
         self._piece_tokens = _CPU_PIECE_TOKENS if is_cpu else ENCODE_CHUNK_TOKENS
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for a cache that others use."""
+        return bool(self._queue)
+
     def clear(self) -> None:
-        """Drop every prefix; those in use are dropped when they are given back."""
+        """Drop every prefix that is not in use."""
         self._caches.clear()
 
     def encoding(
@@ -60,10 +66,7 @@ class PrefixPool:
             check: called before every piece of a long prompt; what it raises ends the encoding,
                 and what was encoded until then is kept.
         """
-        # Others give theirs back before long: whoever holds one waits for no second one.
-        while (cache := self._chosen(ids)) is None:
-            check()
-            yield []
+        cache = yield from self._taken(ids, check)
         self._caches = [other for other in self._caches if other is not cache]
         self._used.append(cache)
         try:
@@ -94,6 +97,21 @@ class PrefixPool:
         if cache in self._used:
             self._used.remove(cache)
             self._caches.append(cache)
+
+    def _taken(self, ids: Sequence[int], check: Callable[[], None]) -> Work[PrefixCache]:
+        """A cache, in the order of asking; whoever holds one waits for no second one."""
+        place, cache = object(), None
+        self._queue.append(place)
+        try:
+            while cache is None:
+                if self._queue[0] is place:
+                    cache = self._chosen(ids)
+                if cache is None:
+                    check()
+                    yield []
+        finally:
+            self._queue.remove(place)
+        return cache
 
     def _chosen(self, ids: Sequence[int]) -> PrefixCache | None:
         """The cache that fits best, or has room; None: all that there may be are in use."""

@@ -7,8 +7,8 @@
 A round gives a turn to every job that has its readings, and to one of those that want none (one
 piece of a prompt is encoded in it), and then runs the passes that are wanted as one. Everything
 that ends a job early takes effect between two turns. A background job has its turns while no other
-job is open. The model is loaded on a thread of its own: whoever waits for it can still be
-cancelled.
+job is open, or while one waits for an encoded prefix, which it may hold. The model is loaded on a
+thread of its own: whoever waits for it can still be cancelled.
 
 A deadline is the work's own matter once there is a canvas: it ends with what it has. Before that,
 in the queue and while a prompt is encoded, a clock on a third thread answers in time, whatever
@@ -427,6 +427,9 @@ class Worker:
 
     def _on_turn(self) -> Sequence[Job]:
         with self._wake:
+            if self._engine is not None and self._engine.awaits_prefix:
+                # A suspended job may hold what another waits for: it goes on, and gives it back.
+                return self._schedule.live
             return self._schedule.turn()
 
     def _next_turns(self) -> list[_Run]:

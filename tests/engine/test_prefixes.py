@@ -58,6 +58,26 @@ def test_who_finds_all_in_use_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prefix.cache.ids == tuple(document(3))
 
 
+def test_who_waits_longest_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infilld.engine.model.MOST_PREFIXES", 1)
+    pool = PrefixPool(MODEL)
+    held, _ = encode(pool, document(1))
+    assert not pool.is_awaited
+    second, third, fourth = (pool.encoding(document(number)) for number in (2, 3, 4))
+    for work in (second, third, fourth):
+        assert next(work) == []
+    assert pool.is_awaited
+    # Who gives up loses its place.
+    second.close()
+    pool.give_back(held)
+    assert next(fourth) == []
+    prefix, _ = drive(MODEL, third)
+    assert prefix.cache.ids == tuple(document(3))
+    pool.give_back(prefix)
+    assert drive(MODEL, fourth)[0].cache.ids == tuple(document(4))
+    assert not pool.is_awaited
+
+
 def test_what_a_check_interrupts_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infilld.engine.prefixes._CPU_PIECE_TOKENS", 16)
     pool = PrefixPool(MODEL)

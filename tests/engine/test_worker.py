@@ -374,6 +374,20 @@ def test_the_background_stops_between_passes_for_others(worker: Worker) -> None:
     assert worker.stats()["background_jobs"] == 1
 
 
+def test_the_background_gives_back_the_only_prefix_that_another_waits_for(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU with little memory holds one: whoever is suspended with it must go on."""
+    monkeypatch.setattr("infilld.engine.model.MOST_PREFIXES", 1)
+    gate = Gate()
+    behind = worker.submit(request(background=True), gate)
+    assert gate.reached.wait(WAIT_S)
+    real = worker.submit(gap_behind("b = \n"))
+    gate.open.set()
+    for job in (real, behind):
+        assert job.future.result(WAIT_S).reason in ("ok", "empty")
+
+
 def test_a_real_request_drops_the_background_one_of_its_document(worker: Worker) -> None:
     gate = Gate()
     behind = worker.submit(request("a", background=True), gate)
