@@ -32,9 +32,10 @@ def thinking(
     assert prompt.answer_at is not None
     ids, rest = list(prompt.ids[: prompt.answer_at]), prompt.ids[prompt.answer_at :]
     draws = SeededDraws(seed, model.device)
-    length, room = model.config.canvas_tokens, model.config.max_positions - len(prompt.ids)
+    # A thought that is ended takes a token more.
+    length, room = model.config.canvas_tokens, model.context_tokens - len(prompt.ids) - 1
     ends = set(prompt.thought_ends)
-    for _ in range(min(_MOST_CANVASES, room // length - 1)):
+    for _ in range(min(_MOST_CANVASES, room // length)):
         prefix, _ = yield from prefixes.encoding(ids, check)
         try:
             denoised = yield from denoising(

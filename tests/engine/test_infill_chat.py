@@ -7,6 +7,7 @@ import torch
 from tiny_infill import tiny_config, tiny_model
 from tiny_tokenizers import CHANNEL_END, chat_template, chat_tokenizer
 
+from infilld.engine.cache import PrefixCache
 from infilld.engine.chat_prompt import ChatLayout
 from infilld.engine.config import SamplerConfig
 from infilld.engine.errors import GapTooLong
@@ -113,6 +114,27 @@ def test_thoughts_come_before_the_answer(engine: Infiller, monkeypatch: pytest.M
     assert final[-len(rest) :] == rest
     assert final[-len(rest) - 1] == CHANNEL_END
     assert len(final) > len(prompt.ids)
+
+
+def test_thoughts_end_where_the_planned_context_does(
+    engine: Infiller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU has room for less than the model could read."""
+    passage = engine._planner.passages(request(), _targets())[0]
+    prompt = len(engine._planner.prompt(request(think=True), passage).ids)
+    room = prompt + 64 + 32
+    monkeypatch.setattr(type(engine.model), "context_tokens", property(lambda model: room))
+    encode, longest = engine.model.encode, 0
+
+    def measured(tokens: torch.Tensor, cache: PrefixCache) -> torch.Tensor:
+        nonlocal longest
+        hidden = encode(tokens, cache)
+        longest = max(longest, cache.tokens)
+        return hidden
+
+    monkeypatch.setattr(engine.model, "encode", measured)
+    engine.infill(request(think=True))
+    assert prompt < longest <= room
 
 
 def _targets():
