@@ -17,6 +17,7 @@ import torch
 from infilld.engine.evaluation.comparison import compare, format_comparison
 from infilld.engine.infill import Infiller
 from infilld.engine.load import format_load, run_load
+from infilld.engine.loading import free_memory
 from infilld.engine.passes import CanvasPass
 from infilld.engine.reading import Ask
 from infilld.engine.request import InfillRequest, Span
@@ -67,7 +68,7 @@ def run_bench(
     started = time.perf_counter()
     engine = load_infiller(folder, device)
     load_ms = 1e3 * (time.perf_counter() - started)
-    return {
+    report = {
         "model": str(folder.name),
         "parameters": engine.model.parameter_count,
         "machine": machine_facts(engine),
@@ -77,6 +78,12 @@ def run_bench(
         "infill": _infill(engine, repeats),
         "compared": compare(engine, folder, repeats) if compares else None,
         "busy": _busy(engine, repeats) if is_busy else None,
+    }
+    # The load has a worker of its own; two models may not fit the device.
+    del engine
+    free_memory()
+    return {
+        **report,
         "load": run_load(folder, device, seconds=load_s) if load_s else None,
         "load_average_after": os.getloadavg()[0],
     }
@@ -177,6 +184,8 @@ def _busy(engine: Infiller, repeats: int) -> list[dict[str, Any]]:
             with _busy_process():
                 beside += in_turn(run, repeats, engine.model.device)[""]
         rows.append({"tokens": tokens, "alone": centiles(alone), "beside": centiles(beside)})
+        # It holds a prefix, and a GPU with little memory has room for one.
+        del run
     return rows
 
 
@@ -208,6 +217,7 @@ def _infill(engine: Infiller, repeats: int) -> dict[str, Any]:
             result = engine.infill(request)
             times.append(1e3 * (time.perf_counter() - began))
             passes.append(result.usage.passes)
+    engine.forget()
     mean = statistics.mean(passes)
     return {
         "cold": {"ms": centiles(cold), "passes": mean},

@@ -42,6 +42,7 @@ def held_out_nats(engine: Infiller, texts: Sequence[str], seed: int) -> dict[str
             # Later canvases first: the cache is only ever cut back.
             for number in reversed(range(_SHAPE.canvases)):
                 gap += _first_pass_nats(engine, batch, (sequence, number), cache, draws)
+            cache.close()
     return {
         "encoder_nats": round(statistics.fmean(encoder), 4),
         "first_pass_gap_nats": round(statistics.fmean(gap), 4),

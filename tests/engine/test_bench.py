@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_infill import tiny_infiller
+from tiny_infill import tiny_config, tiny_infiller, tiny_model
 from tiny_model import Spec, checkpoint, ours
 
 from infilld.engine import bench
 from infilld.engine.bench import format_bench, run_bench
+from infilld.engine.device_runner import DeviceRunner
 from infilld.engine.errors import Unsupported
 from infilld.engine.evaluation import comparison, transformers_baseline
 from infilld.engine.evaluation.comparison import compare, format_comparison
 from infilld.engine.evaluation.transformers_baseline import Baseline, Variant, best_baseline
+from infilld.engine.infill import Infiller
+from infilld.engine.model import DiffusionGemma
 from infilld.engine.runner import Runner
 from infilld.engine.timing import centiles, in_turn
 
@@ -31,7 +34,7 @@ class Untokenized:
     prompt_tokens = 24
 
     def __init__(self) -> None:
-        self.model = Runner.of(ours(SPEC), impl="cpu")
+        self.model: Runner = Runner.of(ours(SPEC), impl="cpu")
 
 
 def test_runs_take_turns() -> None:
@@ -46,8 +49,26 @@ def test_centiles() -> None:
     assert centiles([float(n) for n in range(101)]) == {"p10": 10.0, "p50": 50.0, "p99": 99.0}
 
 
-def test_every_figure_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "load_infiller", lambda folder, device: tiny_infiller())
+def one_slot(model: DiffusionGemma) -> DeviceRunner:
+    """What runs on a GPU with little memory: there is room for one prefix."""
+    return DeviceRunner(
+        model.config,
+        dict(model.state_dict()),
+        device=CPU,
+        dtype=model.dtype,
+        impl="reference",
+        slots=1,
+        context_tokens=300,
+    )
+
+
+@pytest.mark.parametrize("has_one_slot", [False, True])
+def test_every_figure_is_there(monkeypatch: pytest.MonkeyPatch, has_one_slot: bool) -> None:
+    engine = tiny_infiller()
+    if has_one_slot:
+        model = one_slot(tiny_model(tiny_config(engine.tokenizer.vocab_tokens)))
+        engine = Infiller(model, engine.tokenizer, engine.sampler, engine.method)
+    monkeypatch.setattr(bench, "load_infiller", lambda folder, device: engine)
     monkeypatch.setattr(bench, "_PROMPT_TOKENS", (4, 8))
     monkeypatch.setattr(bench, "_CANVAS_TOKENS", (2, 4))
     monkeypatch.setattr(bench, "_TURNS", 2)
@@ -56,6 +77,8 @@ def test_every_figure_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["tokens"] for row in report["busy"]] == [2, 4]
     assert report["compared"] is report["load"] is None
     assert "plain" in report["machine"]["products"]
+    # Nothing measured holds a prefix any more.
+    assert engine.model.new_cache().tokens == 0
     table = format_bench(report).splitlines()
     assert sum("pass over" in line for line in table) == 2 + 2 * 2
 
@@ -84,7 +107,9 @@ def test_the_busy_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_both_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "CANVAS_TOKENS", (4, 16, 1000))
     monkeypatch.setattr(comparison, "STEPS", 2)
-    report = compare(Untokenized(), checkpoint(SPEC), 1)  # type: ignore[arg-type]
+    engine = Untokenized()
+    engine.model = one_slot(ours(SPEC))
+    report = compare(engine, checkpoint(SPEC), 1)  # type: ignore[arg-type]
     assert [row["tokens"] for row in report["pass"]] == [4, 16]
     assert report["prefix_tokens"] == 24
     rows = [*report["pass"], report["generate"]]
