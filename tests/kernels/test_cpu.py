@@ -118,7 +118,7 @@ class TestExperts:
         torch.testing.assert_close(weights, defined.weights, **CLOSE)
 
     @pytest.mark.parametrize("tokens", [1, 7, 64])
-    @pytest.mark.parametrize("path", ["_all", "_padded", "_grouped"])
+    @pytest.mark.parametrize("path", ["_all", "_all_packed", "_padded", "_grouped"])
     @pytest.mark.parametrize("is_skewed", [False, True])
     def test_every_path(
         self, tokens: int, path: str, is_skewed: bool, monkeypatch: pytest.MonkeyPatch
@@ -131,6 +131,10 @@ class TestExperts:
         weights, ids = scores.softmax(-1).topk(k, -1)
         monkeypatch.setattr(experts, "MOST_IN_VAIN", 10**9 if path == "_all" else -1)
         monkeypatch.setattr(experts, "SPARE_ROWS", 10**9 if path == "_padded" else -(10**9))
+        monkeypatch.setattr(experts, "MOST_PACKED_ROWS", 10**9 if path == "_all_packed" else -1)
+        if path == "_all_packed" and "half" not in fastest(torch.float32):
+            pytest.skip("this torch has no half precision products")
+        monkeypatch.setattr(experts, "fastest", lambda dtype: ("half",))
         taken: list[str] = []
         monkeypatch.setattr(ExpertWeights, path, _noting(getattr(ExpertWeights, path), taken))
         out = ExpertWeights(gate_up, down)(x, ids, weights)
