@@ -16,7 +16,7 @@ from infilld.kernels.cpu.packed import PackedWeight, fastest, fits_half
 # Up to this many multiplications in vain, asking all experts takes less time than sorting does.
 MOST_IN_VAIN = 6_000_000
 # A short canvas asks most experts anyway, for a row or two each. One product with all of them in
-# half precision then reads half the bytes: a pass over 16 tokens with 16 experts takes a fifth less.
+# half precision then reads half the bytes: a pass over 16 tokens and 16 experts is a fifth shorter.
 MOST_PACKED_EXPERTS = 32
 MOST_PACKED_ROWS = 512
 # Padding is cheaper than groups up to twice the rows, and this many more for each expert.
