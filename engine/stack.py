@@ -347,8 +347,14 @@ def joined_rows(weights: Sequence[Tensor | QuantizedWeight]) -> list[Tensor | Qu
     packed = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
     first = packed[0]
     alike = all(_form(weight) == _form(first) for weight in packed)
-    if len(packed) != len(weights) or not alike or first.factor is not None:
+    if len(packed) != len(weights) or not alike:
         return list(weights)
+    if len(packed) == 1:
+        return [first]
+    factor = None
+    if first.factor is not None:
+        # Each has its own: every row then says which.
+        factor = torch.cat([w.factor.expand(w.shape[0]) for w in packed if w.factor is not None])
     return [
         replace(
             first,
@@ -357,6 +363,7 @@ def joined_rows(weights: Sequence[Tensor | QuantizedWeight]) -> list[Tensor | Qu
             biases=None
             if first.biases is None
             else torch.cat([w.biases for w in packed if w.biases is not None]),
+            factor=factor,
         )
     ]
 

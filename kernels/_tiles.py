@@ -127,7 +127,7 @@ class TiledWeight:
             each (`e5m3`); one scale a row: float32 [E, n_tiles, block_n].
         scale_dtype: what the words hold.
         biases: like the scales, or None.
-        factor: float32 [E].
+        factor: float32 [E], or [E, n_tiles, block_n] where each row has its own.
     """
 
     kind: Kind

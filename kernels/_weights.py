@@ -37,7 +37,7 @@ class QuantizedWeight:
             float8_e4m3fn [..., N, K].
         scales: [..., N, K / G], floating point; float8_e4m3fn for nvfp4.
         biases: as scales; int4 and int8 only.
-        factor: float32 [...], one for each leading index; None: 1.
+        factor: float32 [...], one for each leading index, or [..., N], one for each row; None: 1.
         group: G, consecutive k that share a scale; K for one scale a row, 16 for nvfp4.
     """
 
@@ -55,7 +55,7 @@ class QuantizedWeight:
                 f"codes are {self.codes.dtype} {list(self.codes.shape)}, "
                 f"expected {CODE_DTYPES[self.kind]} [..., N, K] for {self.kind}"
             )
-        *leading, _, columns = self.shape
+        *leading, rows, columns = self.shape
         if self.group < 1 or columns % self.group:
             raise ValueError(f"{columns} columns do not divide into groups of {self.group}")
         expected = (*self.shape[:-1], columns // self.group)
@@ -73,11 +73,12 @@ class QuantizedWeight:
             if self.biases.shape != self.scales.shape or self.biases.dtype != self.scales.dtype:
                 raise ValueError("biases differ from the scales in shape or type")
         if self.factor is not None and (
-            list(self.factor.shape) != leading or self.factor.dtype != torch.float32
+            list(self.factor.shape) not in (leading, [*leading, rows])
+            or self.factor.dtype != torch.float32
         ):
             raise ValueError(
                 f"factor is {self.factor.dtype} {list(self.factor.shape)}, "
-                f"expected float32 {leading}"
+                f"expected float32 {leading} or {[*leading, rows]}"
             )
 
     @property
@@ -85,6 +86,12 @@ class QuantizedWeight:
         """Shape of the weight it stands for, [..., N, K]."""
         *leading, columns = self.codes.shape
         return (*leading, columns * CODES_PER_BYTE[self.kind])
+
+    @property
+    def row_factor(self) -> Tensor | None:
+        """The factors [..., N] of rows that have their own, else None."""
+        has_rows = self.factor is not None and self.factor.ndim == len(self.shape) - 1
+        return self.factor if has_rows else None
 
     @property
     def parts(self) -> dict[str, Tensor]:

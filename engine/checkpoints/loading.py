@@ -71,7 +71,7 @@ def _read(plan: Plan, device: str | torch.device, dtype: torch.dtype) -> Weights
                 notes.plain(pieces)
                 tensors[target] = stack_plain(pieces, shape, reader, device, dtype)
                 continue
-            weight = stack_quantized(pieces, shape, reader, notes)
+            weight = stack_quantized(pieces, shape, reader)
             if is_quantized(target, shape):
                 tensors[target] = weight.to(device)
             else:

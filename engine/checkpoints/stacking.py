@@ -22,7 +22,6 @@ _WIDENINGS = {
     "F16": (torch.float16, torch.float32, torch.float64),
 }
 _E4M3_NAN = 0x7F
-_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 class Notes:
@@ -33,7 +32,6 @@ class Notes:
         self._wide_enough = {name for name, wider in _WIDENINGS.items() if dtype in wider}
         self._rounded: dict[str, int] = {}
         self._widened: dict[str, int] = {}
-        self._rescaled, self._experts, self._largest = 0, 0, 0.0
 
     def plain(self, pieces: Sequence[Piece]) -> None:
         """Plain tensors are read."""
@@ -47,11 +45,6 @@ class Notes:
         what = f"{part_of(target)} ({piece.storage})"
         self._widened[what] = self._widened.get(what, 0) + 1
 
-    def rescaled(self, experts: int, largest: float) -> None:
-        """Scales of experts were rounded to a factor that gate and up share."""
-        self._experts += experts
-        self._largest = max(self._largest, largest)
-
     def lines(self) -> tuple[str, ...]:
         """All of it."""
         rounded = [
@@ -62,11 +55,7 @@ class Notes:
             f"{count} weights of the {what} are held as {self._dtype}"
             for what, count in sorted(self._widened.items())
         ]
-        rescaled = [
-            f"gate and up of {self._experts} experts have factors of their own: scales of one "
-            f"were rounded to the other's, by up to {100 * self._largest:.2f} % of the largest"
-        ]
-        return (*rounded, *widened, *(rescaled if self._experts else ()))
+        return (*rounded, *widened)
 
 
 def stack_plain(
@@ -86,7 +75,7 @@ def stack_plain(
 
 
 def stack_quantized(
-    pieces: Sequence[Piece], shape: tuple[int, ...], reader: Reader, notes: Notes
+    pieces: Sequence[Piece], shape: tuple[int, ...], reader: Reader
 ) -> QuantizedWeight:
     """A weight in few bits, its pieces stacked, on the CPU."""
     scheme = pieces[0].scheme
@@ -111,7 +100,7 @@ def stack_quantized(
             else:
                 piece.place.of(whole[name]).copy_(part)
     if "factor" in whole:
-        whole["scales"], whole["factor"] = _join_factors(whole["scales"], whole["factor"], notes)
+        whole["factor"] = _join_factors(whole["factor"], shape[-2])
     weight = QuantizedWeight(kind=scheme.kind, group=group, **whole)
     _refuse_unusable(pieces, weight)
     return weight
@@ -142,47 +131,11 @@ def _refuse_unusable(pieces: Sequence[Piece], weight: QuantizedWeight) -> None:
         )
 
 
-def _join_factors(scales: Tensor, factors: Tensor, notes: Notes) -> tuple[Tensor, Tensor]:
-    """One factor an expert from one of its gate and one of its up.
-
-    Where they differ, the scales of one are multiplied by their ratio. That is exact for a power
-    of two, unless it leaves the range of E4M3; else it is rounded, and noted.
-
-    Args:
-        scales: [E, 2F, D / 16] E4M3, gate rows first; changed in place.
-        factors: [E, 2] float32.
-        notes: of the checkpoint.
-
-    Returns:
-        Scales, and factors [E].
-    """
-    differ = (factors[:, 0] != factors[:, 1]).nonzero().flatten().tolist()
-    joined = factors.amax(dim=1)
-    rounded, largest = 0, 0.0
-    for expert in differ:
-        halves = scales[expert].chunk(2)
-        best: tuple[float, Tensor, int, Tensor] | None = None
-        # Either may keep its scales: down to the larger factor, or up to the smaller.
-        for kept in (int(factors[expert].argmax()), int(factors[expert].argmin())):
-            other = halves[1 - kept].double()
-            wanted = other * (factors[expert, 1 - kept].double() / factors[expert, kept].double())
-            got = wanted.float().clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
-            error = (got.double() - wanted).abs().max().item() / _largest(wanted)
-            if best is None or error < best[0]:
-                best = (error, got, kept, factors[expert, kept])
-        assert best is not None
-        error, got, kept, factor = best
-        halves[1 - kept].copy_(got)
-        joined[expert] = factor
-        rounded += error > 0
-        largest = max(largest, error)
-    if rounded:
-        notes.rescaled(rounded, largest)
-    return scales, joined
-
-
-def _largest(values: Tensor) -> float:
-    return max(values.abs().max().item(), torch.finfo(torch.float32).tiny)
+def _join_factors(factors: Tensor, rows: int) -> Tensor:
+    """Factors [E, 2] of gate and up as one an expert [E]; one a row [E, 2F] where they differ."""
+    if torch.equal(factors[:, 0], factors[:, 1]):
+        return factors[:, 0].clone()
+    return factors.repeat_interleave(rows // 2, dim=1)
 
 
 def make_plain(weight: QuantizedWeight, device: str | torch.device, dtype: torch.dtype) -> Tensor:

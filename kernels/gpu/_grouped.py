@@ -183,6 +183,7 @@ def grouped_kernel(
     SCALING: tl.constexpr,
     AFFINE: tl.constexpr,
     GROUPS: tl.constexpr,
+    ROW_FACTOR: tl.constexpr,
     PERMUTED: tl.constexpr,
     ASM: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
@@ -301,7 +302,10 @@ def grouped_kernel(
         elif SCALING == "bf16" and not INTERPRET:
             # The power of two that the scales lacked.
             acc *= 256.0 if KIND == "nvfp4" else 8192.0
-        acc *= tl.load(factor_ptr + i_expert)
+        if ROW_FACTOR:
+            acc *= tl.load(factor_ptr + (i_expert * N_TILES + i_n) * BLOCK_N + o_n)[:, None]
+        else:
+            acc *= tl.load(factor_ptr + i_expert)
     out = acc
     if OPERATION == "gate_up":
         # Gates and their ups stand eight rows apart, in the same thread.
@@ -333,6 +337,7 @@ def constants(operation: Operation, weight: Tensor | TiledWeight, rows: int) -> 
             "SCALING": "",
             "AFFINE": False,
             "GROUPS": 0,
+            "ROW_FACTOR": False,
             "PERMUTED": False,
             "ASM": "",
             "CONSTRAINTS": "",
@@ -361,6 +366,7 @@ def constants(operation: Operation, weight: Tensor | TiledWeight, rows: int) -> 
         "SCALING": scaling,
         "AFFINE": affine,
         "GROUPS": layout.groups,
+        "ROW_FACTOR": weight.factor.ndim > 1,
         "PERMUTED": layout.permuted,
         "ASM": decoder(weight.kind, affine=affine, scaling=scaling),
         "CONSTRAINTS": constraints(weight.kind, scaling=scaling),

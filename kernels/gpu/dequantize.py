@@ -27,6 +27,7 @@ def dequantize_kernel(
     KIND: tl.constexpr,
     AFFINE: tl.constexpr,
     FACTOR: tl.constexpr,
+    ROW_FACTOR: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -51,7 +52,8 @@ def dequantize_kernel(
     if AFFINE:
         b_value += tl.load(biases_ptr + o_group, mask=valid, other=0).to(tl.float32)
     if FACTOR:
-        b_value *= tl.load(factor_ptr + o_n // N, mask=o_n < ROWS, other=0.0)[:, None]
+        o_factor = o_n if ROW_FACTOR else o_n // N
+        b_value *= tl.load(factor_ptr + o_factor, mask=o_n < ROWS, other=0.0)[:, None]
     if INTERPRET and out_ptr.dtype.element_ty == tl.bfloat16:
         b_value = round_to_bf16(b_value)
     tl.store(
@@ -86,6 +88,7 @@ def dequantize(weight: QuantizedWeight, *, dtype: torch.dtype) -> Tensor:
         KIND=weight.kind,
         AFFINE=weight.biases is not None,
         FACTOR=weight.factor is not None,
+        ROW_FACTOR=weight.row_factor is not None,
         BLOCK_N=BLOCK_N,
         BLOCK_K=BLOCK_K,
         INTERPRET=is_interpreted(),

@@ -35,9 +35,7 @@ def quant_pack(weight: QuantizedWeight, layout: TileLayout) -> TiledWeight:
         group=weight.group,
         layout=layout,
         scale_dtype=weight.scales.dtype,
-        factor=torch.ones(experts, device=weight.device)
-        if weight.factor is None
-        else weight.factor.reshape(experts).clone(),
+        factor=packer.factor(weight.factor, experts),
         **tiled,
     )
 
@@ -58,6 +56,15 @@ class _Packer:
         firsts = starts + torch.arange(groups) * (layout.half // groups)
         last = columns // weight.group - 1
         self.groups = (firsts // weight.group).flatten().clamp(max=last).to(device)
+
+    def factor(self, factor: Tensor | None, experts: int) -> Tensor:
+        """Factors [E], or of the tiles' rows [E, n_tiles, block_n], of those of the weight."""
+        if factor is None:
+            return torch.ones(experts, device=self.rows.device)
+        if factor.numel() == experts:
+            return factor.reshape(experts).clone()
+        of_rows = factor.reshape(experts, -1).index_select(1, self.rows)
+        return of_rows.view(experts, -1, self.layout.block_n)
 
     def codes(self, codes: Tensor) -> Tensor:
         """int32 [n_tiles, k_tiles, words] of codes [N, K / codes in a byte]."""

@@ -20,7 +20,9 @@ def dequantize(weight: QuantizedWeight, *, dtype: torch.dtype) -> Tensor:
     if weight.biases is not None:
         values = values + weight.biases.to(wide).repeat_interleave(weight.group, -1)
     if weight.factor is not None:
-        values = values * weight.factor[..., None, None].to(wide)
+        rows = weight.row_factor
+        factor = weight.factor[..., None] if rows is None else rows
+        values = values * factor[..., None].to(wide)
     return values.to(dtype)
 
 

@@ -37,11 +37,20 @@ def quant_pack(weight: QuantizedWeight, layout: TileLayout) -> TiledWeight:
         group=weight.group,
         layout=layout,
         scale_dtype=weight.scales.dtype,
-        factor=torch.ones(len(parts["codes"]))
-        if weight.factor is None
-        else weight.factor.reshape(-1).clone(),
+        factor=_factor(weight, layout, len(parts["codes"])),
         **tiled,
     )
+
+
+def _factor(weight: QuantizedWeight, layout: TileLayout, experts: int) -> Tensor:
+    if weight.factor is None:
+        return torch.ones(experts)
+    if weight.row_factor is None:
+        return weight.factor.reshape(-1).clone()
+    rows = weight.shape[-2]
+    places = product(range(layout.n_tiles(rows)), range(layout.block_n))
+    order = [_row(layout, rows, i_n, lane) for i_n, lane in places]
+    return weight.factor.reshape(experts, rows)[:, order].view(experts, -1, layout.block_n)
 
 
 def _codes(weight: QuantizedWeight, layout: TileLayout, codes: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_bits import random_weight
 from few_bits_model import CONFIG, device_runner, few_bits, walk, walk_on_gpu
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from infilld.engine.checkpoints.quantizing import Quantization
 from infilld.engine.runner import Runner
 from infilld.engine.stack import joined_rows
 from infilld.kernels._weights import QuantizedWeight
+from infilld.kernels.dequantize import dequantize
 
 INT4 = Quantization(kind="int4", group=32)
 INT8 = Quantization(kind="int8", group=16)
@@ -83,3 +85,12 @@ def test_what_differs_in_form_is_not_joined() -> None:
     apart = joined_rows([q, eight[name.format("k")]])
     assert len(apart) == 2
     assert len(joined_rows([q, torch.zeros(4, CONFIG.width)])) == 2
+
+
+def test_rows_keep_the_factors_of_their_weights() -> None:
+    parts = [random_weight((rows, 32), kind="nvfp4", group=16, seed=rows) for rows in (3, 5)]
+    (joined,) = joined_rows(parts)
+    assert isinstance(joined, QuantizedWeight)
+    assert joined.row_factor is not None
+    expected = torch.cat([dequantize(part, impl="reference") for part in parts])
+    assert torch.equal(dequantize(joined, impl="reference"), expected)

@@ -160,6 +160,7 @@ def test_compiles_without_spills(capability: int, kind: str, tmp_path: Path) -> 
         "KIND": kind,
         "AFFINE": kind == "int4",
         "FACTOR": True,
+        "ROW_FACTOR": True,
         "BLOCK_N": BLOCK_N,
         "BLOCK_K": BLOCK_K,
         "INTERPRET": False,

@@ -1,7 +1,7 @@
 """Random weights in few bits, of every form that there is, and how near a product must come."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def random_weight(
     group: int,
     dtype: torch.dtype = torch.bfloat16,
     affine: bool = False,
-    factor: bool = False,
+    factor: bool | Literal["rows"] = False,
     seed: int = 0,
 ) -> QuantizedWeight:
     """A weight [..., N, K] that uses every code; its values are about 1 / sqrt(K)."""
@@ -38,7 +38,8 @@ def random_weight(
     offsets = -(scales.float() * (8 if kind == "int4" else 3)).to(dtype) if affine else None
     factors = None
     if factor or kind == "nvfp4":
-        factors = (0.5 + torch.rand(leading[:-1], generator=draw)) / 100 / size / columns**0.5
+        each = leading if factor == "rows" else leading[:-1]
+        factors = (0.5 + torch.rand(each, generator=draw)) / 100 / size / columns**0.5
     return QuantizedWeight(
         kind=kind,
         codes=codes,
@@ -68,6 +69,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8-row": {"kind": "int8", "group": 96, "factor": True},
     "fp8-row": {"kind": "fp8", "group": 96, "dtype": torch.float32},
     "nvfp4": {"kind": "nvfp4", "group": 16},
+    "nvfp4-rows": {"kind": "nvfp4", "group": 16, "factor": "rows"},
 }  # fmt: skip
 FORM_COLUMNS = 96
 
