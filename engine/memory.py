@@ -33,9 +33,10 @@ SHARE_OF_FREE = 0.95
 DEFAULT_CONTEXT_TOKENS = 32_768
 # Contexts are offered in steps of this many tokens.
 _CONTEXT_STEP_TOKENS = 256
-# Up to this budget one encoded prefix is held, above it one for each job side by side.
+# One encoded prefix is held for each job side by side. Up to this budget only one, as context is
+# worth more there; unless all take no more than this share of what the weights leave.
 SMALL_BUDGET_BYTES = 24_000_000_000
-_MOST_SLOTS = 4
+_MOST_SLOTS, _SLOTS_SHARE = 4, 0.25
 # A sliding layer keeps so much beyond its window: what may be cut back, and the piece being read.
 _MARGIN_TOKENS, _PIECE_TOKENS = 512, 512
 # Positions of a pass that several jobs share, and of the logits that are made at once.
@@ -221,8 +222,8 @@ def plan_memory(
         on_gpu: whether the device is a GPU; a CPU computes in float32.
         context_tokens: prefix to plan for; None: 32,768 or what the model reads at most.
         key_values: how they are held; None: bf16 on a GPU, float32 on a CPU.
-        slots: encoded prefixes held at once; None: 8 on a CPU, on a GPU 1 up to a budget of 24 GB,
-            else 4.
+        slots: encoded prefixes held at once; None: 8 on a CPU, on a GPU 4, or 1 where a budget of
+            24 GB or less is short of room for them.
         budget_bytes: what may be used; None: not known.
 
     Raises:
@@ -236,14 +237,17 @@ def plan_memory(
             f"a context of {context:,} tokens is wanted, the model reads {most:,} at most",
             remedy=f"Ask for a context of 1 to {most} tokens.",
         )
+    held: KeyValues = key_values or ("bf16" if on_gpu else "float32")
+    one = _key_value_bytes(config, context, held)
     if slots is None and not on_gpu:
         slots = MOST_PREFIXES
     if slots is None:
-        is_small = budget_bytes is not None and budget_bytes <= SMALL_BUDGET_BYTES
-        slots = 1 if is_small else _MOST_SLOTS
+        slots = _MOST_SLOTS
+        if budget_bytes is not None and budget_bytes <= SMALL_BUDGET_BYTES:
+            left = budget_bytes - weights.total - weights.filling
+            slots = _MOST_SLOTS if _MOST_SLOTS * one <= _SLOTS_SHARE * left else 1
     if slots < 1:
         raise ValueError(f"{slots=}: expected 1 or more")
-    held: KeyValues = key_values or ("bf16" if on_gpu else "float32")
     return MemoryPlan(
         config=config,
         on_gpu=on_gpu,
@@ -251,7 +255,7 @@ def plan_memory(
         key_values=held,
         slots=slots,
         weights=weights,
-        key_value_bytes=slots * _key_value_bytes(config, context, held),
+        key_value_bytes=slots * one,
         workspace_bytes=_workspace_bytes(config, on_gpu=on_gpu),
         driver_bytes=_DRIVER_BYTES if on_gpu else 0,
         budget_bytes=budget_bytes,

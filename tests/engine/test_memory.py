@@ -89,7 +89,9 @@ class TestLarge:
         assert large(context_tokens=32_768, key_values="fp8").key_value_bytes == sliding + full
         assert large(context_tokens=32_768, slots=3).key_value_bytes == 6 * (sliding + full)
         # A prefix shorter than the window takes its own length in every layer.
-        assert large(context_tokens=100).key_value_bytes == 2 * 100 * (25 * 4096 + 5 * 2048)
+        assert large(context_tokens=100, slots=1).key_value_bytes == 2 * 100 * (
+            25 * 4096 + 5 * 2048
+        )
 
     def test_int4_with_32k_fits_18_gb(self) -> None:
         plan = large(context_tokens=32_768)
@@ -111,6 +113,13 @@ class TestLarge:
     def test_a_large_budget_holds_a_prefix_for_each_job(self) -> None:
         assert large(budget_bytes=80_000_000_000).slots == 4
         assert large(budget_bytes=None).slots == 4
+
+    def test_a_small_budget_holds_as_many_where_they_cost_little(self) -> None:
+        weights = WeightBytes.estimate(SMALL, torch.bfloat16, None)
+        assert plan_memory(SMALL, weights, on_gpu=True, budget_bytes=8_000_000_000).slots == 4
+        assert large(budget_bytes=24_000_000_000).slots == 1
+        # Less than the weights take: nothing is left to share.
+        assert large(budget_bytes=4_000_000_000).slots == 1
 
 
 class TestTiles:
