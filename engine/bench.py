@@ -134,6 +134,7 @@ def machine_facts(engine: Infiller) -> dict[str, Any]:
         "products": None if cuda else list(fastest(torch.float32)),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT", "default"),
         "load_average": os.getloadavg()[0],
     }
 

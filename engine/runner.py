@@ -19,6 +19,7 @@ from infilld.engine.model import ENCODE_CHUNK_TOKENS, MOST_PREFIXES, DiffusionGe
 from infilld.engine.passes import CanvasPass
 from infilld.engine.reading import Belief, Pins, Reading
 from infilld.engine.stack import Impl, Stack
+from infilld.engine.threads import Threads
 from infilld.kernels._weights import QuantizedWeight
 from infilld.kernels.head import HeadReading
 
@@ -51,6 +52,7 @@ class Runner:
             else Stack(config, tensors, device=device, dtype=dtype, impl=impl)
         )
         self._belief_tokens = min(belief_tokens, config.vocab_tokens)
+        self._threads = Threads()
 
     @classmethod
     def of(
@@ -157,9 +159,13 @@ class Runner:
         hidden = self.stack.run(x, torch.cat(positions), attend, is_encoder=True)
         return list(torch.split(hidden, lengths))
 
-    @torch.inference_mode()
     def run(self, passes: Sequence[CanvasPass]) -> list[Reading]:
         """One pass over the canvases of several prefixes, of any lengths, side by side."""
+        tokens = sum(each.canvas.numel() for each in passes)
+        return self._threads.run(tokens, lambda: self._run(passes))
+
+    @torch.inference_mode()
+    def _run(self, passes: Sequence[CanvasPass]) -> list[Reading]:
         counts = [each.canvas.numel() for each in passes]
         x = torch.cat([self._input(each) for each in passes])
 

@@ -140,8 +140,9 @@ def _make_worker(wanted: Settings) -> Any:
 
 
 def _wait_passively() -> None:
-    # Read when torch is loaded. Beside a busy process, spinning threads cost 8 ms an operation.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Read when torch is loaded.
+    for name, value in discovery.WAITING.items():
+        os.environ.setdefault(name, value)
 
 
 def _stop(options: argparse.Namespace, wanted: Settings) -> int:

@@ -97,7 +97,7 @@ print(discovery.ensure(settings, {WAIT_S}).pid)
     assert log.count("listening on") == 1
     assert "runs already" not in log, "only one may even try"
     environment = Path(f"/proc/{int(said[0])}/environ").read_bytes().split(b"\0")
-    assert b"OMP_WAIT_POLICY=passive" in environment
+    assert {b"OMP_WAIT_POLICY=passive", b"GOMP_SPINCOUNT=3000"} <= set(environment)
 
 
 @pytest.mark.usefixtures("fake_command")
