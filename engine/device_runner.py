@@ -6,8 +6,8 @@ copies what is new, starts the replay, and goes on.
 
     passes ─▶ inputs of the bucket ─▶ replay: embed, layers, head ─▶ outputs ─▶ readings
 
-What pads a bucket are copies of a canvas's first position. They are sent to that position's
-experts, so that padding asks for no weights of its own, and nobody attends to them.
+What pads a bucket are copies of a canvas's first position, or of a text's last. They are sent to
+that position's experts, so that padding asks for no weights of its own, and nobody attends to them.
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from infilld.engine.cache import PrefixCache
-from infilld.engine.config import ModelConfig
+from infilld.engine.config import ModelConfig, SamplerConfig
+from infilld.engine.draws import SeededDraws
 from infilld.engine.passes import CanvasPass
-from infilld.engine.reading import Ask, Belief, Reading
+from infilld.engine.reading import Belief, Pins, Reading
 from infilld.engine.runner import BELIEF_TOKENS, Runner, imposed
+from infilld.engine.sampler import denoise
 from infilld.engine.slab import CacheSlab, SlabCache
 from infilld.engine.stack import Impl
+from infilld.engine.stopping import AllOf
 from infilld.kernels._weights import QuantizedWeight
 from infilld.kernels.canvas_attention import canvas_attention
 from infilld.kernels.prefix_attention import prefix_attention
@@ -37,9 +40,9 @@ PIECE_BUCKETS = (8, 32, 128, 256, 512)
 READ_ROW_BUCKETS = (1, 2, 4, 8, 16)
 READ_BUCKETS = (8, 16, 32, 64, 128)
 # A gap of a line with its suffix, alone and with a draft.
-WARM_BUCKETS = ((1, 64), (2, 64))
+WARM_BUCKETS = ((1, 32), (2, 32), (1, 64), (2, 64))
 # Candidates of a line, few and many.
-WARM_READS = ((2, 16), (8, 32))
+WARM_READS = ((2, 16), (4, 16), (8, 16), (8, 32))
 # Sets of banned tokens that one captured pass takes.
 _MOST_BANS = 24
 
@@ -53,7 +56,8 @@ class _Captured:
         pool: memory of the graphs; None: it is never captured.
 
     Attributes:
-        inputs: as given.
+        inputs: as given. placing: what its inputs say of places, in prefixes and in itself; None:
+            nothing yet.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class _Captured:
         self.inputs, self._compute, self._pool = inputs, compute, pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: tuple[Tensor, ...] = ()
+        self.placing: object = None
 
     def run(self) -> tuple[Tensor, ...]:
         """Compute of what the inputs hold; the next run may write where this one did."""
@@ -160,15 +165,18 @@ class DeviceRunner(Runner):
             if tokens <= self.context_tokens:
                 self.encode(torch.zeros(tokens, dtype=torch.int64), cache)
                 cache.trim(0)
-        self.encode(torch.zeros(1, dtype=torch.int64), cache)
-        ask = Ask(temperature=torch.tensor(1.0), top=self.belief_tokens)
+        last = self.encode(torch.zeros(1, dtype=torch.int64), cache)
+        self.best(last, self._zeros(self.config.vocab_tokens, dtype=torch.bool))
+        draws, twice = SeededDraws(0, self.device), SamplerConfig(max_steps=2)
         for rows, length in WARM_BUCKETS:
             if length <= self.config.canvas_tokens:
+                # With all of a step, not the pass alone.
                 canvas = self._zeros(rows, length)
-                self.run([CanvasPass(canvas, cache, None, ask)])
+                pins = Pins(mask=canvas.bool(), tokens=canvas)
+                denoise(self, cache, canvas, twice, draws, stop=AllOf(()), pins=pins, greedy=True)
         for rows, tokens in WARM_READS:
-            hidden = self.read([torch.zeros(tokens, dtype=torch.int64)] * rows, cache)[0]
-            self.log_probabilities(hidden, self._zeros(tokens))
+            read = self.read([torch.zeros(tokens, dtype=torch.int64)] * rows, cache)
+            self.log_probabilities(torch.cat(read), self._zeros(rows * tokens))
 
     @torch.inference_mode()
     def read(self, rows: Sequence[Tensor], cache: PrefixCache) -> list[Tensor]:
@@ -206,6 +214,12 @@ class DeviceRunner(Runner):
             captured = _Captured(inputs, compute, self._pool if is_bucket else None)
             if is_bucket:
                 self._captured[key] = captured
+        # From step to step only what the canvases hold changes, not where they stand.
+        placing = self._placing(passes)
+        if captured.placing != placing:
+            captured.placing = None
+            self._place(captured.inputs, passes)
+            captured.placing = placing
         self._fill(captured.inputs, passes)
         return self._sorted_out(passes, captured.run(), length)
 
@@ -219,6 +233,7 @@ class DeviceRunner(Runner):
 
         rows, length = each.canvas.shape
         inputs = self._canvas_inputs(rows, length, each.ask.top or 1)
+        self._place(inputs, [each])
         self._fill(inputs, [each])
         self._canvas_hidden(inputs, on_routes=count)
         return touched
@@ -381,8 +396,20 @@ class DeviceRunner(Runner):
         logs, weighed = found.log_probability, found.target_log_probability
         return (*found[:5], sample, logs if weighed is None else weighed)
 
-    def _fill(self, inputs: dict[str, Tensor], passes: Sequence[CanvasPass]) -> None:
-        """Copy what the passes read to where their bucket reads it; the rest repeats the first."""
+    def _placing(self, passes: Sequence[CanvasPass]) -> object:
+        """All that `_place` depends on, beside the bucket."""
+        return [
+            (
+                _slot(each.cache),
+                each.cache.tokens,
+                *(each.cache.visible(kind) for kind in self.config.kinds),
+                each.canvas.shape,
+            )
+            for each in passes
+        ]
+
+    def _place(self, inputs: dict[str, Tensor], passes: Sequence[CanvasPass]) -> None:
+        """Say where each row stands: in its prefix, and among the positions of the bucket."""
         rows, length = inputs["canvas"].shape
         filled = [each for each in passes for _ in range(len(each.canvas))]
         # Rows that nobody asked for repeat the first one.
@@ -400,6 +427,9 @@ class DeviceRunner(Runner):
             seen = torch.tensor([cache.visible(kind) for cache in caches])
             self._put(inputs[f"first_{kind}"], seen[:, 0])
             self._put(inputs[f"count_{kind}"], seen[:, 1])
+
+    def _fill(self, inputs: dict[str, Tensor], passes: Sequence[CanvasPass]) -> None:
+        """Copy what the passes read to where their bucket reads it; the rest repeats the first."""
         at = bans = 0
         for each in passes:
             count, used_here = each.canvas.shape

@@ -76,7 +76,7 @@ class Ask:
         temperature: divides the logits; a float32 scalar.
         pins: positions that are certain of their pin. banned: what free positions may not take.
         draws: of proposals; None: the proposal is the most probable token.
-        top: tokens of the belief; None: all of the logits.
+        top: tokens of the belief; None: all of the logits, or one token where none are kept.
         weighed: tokens [R, L] int64 whose probabilities are wanted, pins and bans apart.
     """
 

@@ -351,6 +351,7 @@ class TestBuckets:
         assert runner.experts_touched(canvas) == [4] * 5
         touched: list[int] = []
         inputs = runner._canvas_inputs(2, 16, 1)
+        runner._place(inputs, [canvas])
         runner._fill(inputs, [canvas])
         runner._canvas_hidden(
             inputs, on_routes=lambda layer, routes: touched.append(len(routes.ids.unique()))
@@ -447,9 +448,35 @@ class TestBuckets:
             same(one, other)
 
     def test_warming_up_leaves_every_slot_free(self) -> None:
-        runner = device_runner(ours(SMALL), slots=1)
+        runner = device_runner(ours(replace(SMALL, canvas_tokens=64)), slots=1)
         runner.warm_up()
+        assert {key[2] for key in runner._captured if key[0] == "canvas"} == {32, 64}
         assert filled(runner, 3, 1).tokens == 3
+
+    def test_a_bucket_follows_prefixes_that_change(self) -> None:
+        """Where rows stand is copied when it changes: by a trim, another slot, a new length."""
+        model = ours(SMALL)
+        runner, plain = device_runner(model), model.new_cache(MARGIN)
+        cache, other = filled(runner, 6, 1), filled(runner, 3, 2)
+        model.encode(random_ids(SMALL, 6, seed=1), plain)
+        ask = ask_plainly(runner)
+
+        def check(length: int) -> None:
+            # Twice: the second one finds its places as they are.
+            for seed in (3, 4):
+                canvas = random_ids(SMALL, 1, length, seed=seed)
+                (expected,) = model.run([CanvasPass(canvas, plain, None, ask)])
+                (found,) = runner.run([CanvasPass(canvas, cache, None, ask)])
+                same(expected, found)
+
+        check(5)
+        check(7)
+        for each, own in ((model, plain), (runner, cache)):
+            own.trim(4)
+            each.encode(random_ids(SMALL, 9, seed=5), own)
+        check(7)
+        runner.run([CanvasPass(random_ids(SMALL, 1, 7, seed=6), other, None, ask)])
+        check(7)
 
     def test_too_many_sets_of_bans_are_refused(self) -> None:
         runner = device_runner(ours(SMALL))
