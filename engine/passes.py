@@ -116,13 +116,15 @@ Work: TypeAlias = Generator[Sequence[CanvasPass], Sequence[Reading], T]
 
 def drive(model: CanvasModel, work: Work[T]) -> T:
     """Run a piece of work to its end, alone."""
-    try:
-        passes = next(work)
-        while True:
-            passes = work.send(model.run(passes) if passes else [])
-    except StopIteration as end:
-        result: T = end.value
-        return result
+    readings: Sequence[Reading] | None = None
+    while True:
+        try:
+            passes = next(work) if readings is None else work.send(readings)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        # Not in the try: a StopIteration of the model would pass for the work's end.
+        readings = model.run(passes) if passes else []
 
 
 def together(works: Sequence[Work[T]]) -> Work[list[T]]:

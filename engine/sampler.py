@@ -308,10 +308,12 @@ def generate(
     new = config.max_new_tokens if max_new_tokens is None else max_new_tokens
     canvases = -(-new // model.config.canvas_tokens)
     end = len(prompt) + canvases * model.config.canvas_tokens
-    if end > model.config.max_positions:
+    # The last canvas is not encoded.
+    room = model.context_tokens + model.config.canvas_tokens
+    if end > room:
         raise ContextTooLong(
             f"{len(prompt)} prompt tokens and {canvases} canvases end at position {end}, "
-            f"the model has {model.config.max_positions}"
+            f"there is room for {room}"
         )
     return torch.cat(list(_canvases(model, prompt, config, draws, cache, canvases)))
 

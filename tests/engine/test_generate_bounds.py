@@ -30,5 +30,13 @@ def test_the_last_position_is_the_limit() -> None:
         run(limit - 15, 16)
 
 
+def test_a_planned_context_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has room for less than the model could read: that is said before the first canvas."""
+    monkeypatch.setattr(type(MODEL), "context_tokens", property(lambda model: 40))
+    monkeypatch.setattr(MODEL, "run", None)
+    with pytest.raises(ContextTooLong, match="room for 56"):
+        run(25, 32)
+
+
 def test_new_tokens_are_rounded_up_to_canvases() -> None:
     assert len(run(3, 17)) == 32

@@ -24,6 +24,17 @@ def canvas_pass(seed: int, prefix: int, rows: int, length: int, *, is_told: bool
     return CanvasPass(canvas, cache, belief, Ask(temperature=torch.tensor(1.0)))
 
 
+def test_a_model_that_breaks_is_no_end_of_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> Work[str]:
+        yield [canvas_pass(1, 5, 1, 4, is_told=False)]
+        return "done"
+
+    assert drive(MODEL, work()) == "done"
+    monkeypatch.setattr(MODEL, "run", lambda passes: next(iter(())))
+    with pytest.raises(StopIteration):
+        drive(MODEL, work())
+
+
 def test_canvases_of_any_prefix_and_length_share_a_pass() -> None:
     # The window is 16: prefixes below, at and above it.
     passes = [
