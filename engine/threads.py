@@ -21,17 +21,17 @@ T = TypeVar("T")
 
 # Processor time for each second that a pass takes, below which other threads do not pay.
 PAYING = 1.3
-# Passes running that must not pay, and how many are then run alone before it is tried again.
+# Passes running that must not pay, and for how long they then run alone before another trial.
 TRIALS = 2
-ALONE = 200
+ALONE_S = 2.0
 
 
 @dataclass
 class _Tried:
-    """Of passes of about one size: those in a row that did not pay, and those left to run alone."""
+    """Of passes of one size: those in a row that did not pay, and until when they run alone."""
 
     failed: int = 0
-    alone: int = 0
+    alone_until: float = 0.0
 
 
 class Threads:
@@ -51,18 +51,17 @@ class Threads:
         if self._most == 1:
             return compute()
         tried = self._tried.setdefault(size.bit_length(), _Tried())
-        if tried.alone:
-            tried.alone -= 1
+        wall, processor = time.perf_counter(), time.process_time()
+        if wall < tried.alone_until:
             torch.set_num_threads(1)
             try:
                 return compute()
             finally:
                 torch.set_num_threads(self._most)
-        wall, processor = time.perf_counter(), time.process_time()
         result = compute()
-        wall, processor = time.perf_counter() - wall, time.process_time() - processor
-        tried.failed = tried.failed + 1 if processor < PAYING * wall else 0
+        now, processor = time.perf_counter(), time.process_time() - processor
+        tried.failed = tried.failed + 1 if processor < PAYING * (now - wall) else 0
         if tried.failed >= TRIALS:
             # One more trial then decides.
-            tried.failed, tried.alone = TRIALS - 1, ALONE
+            tried.failed, tried.alone_until = TRIALS - 1, now + ALONE_S
         return result

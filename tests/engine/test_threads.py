@@ -28,7 +28,7 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clocks]:
     made, before = Clocks(), torch.get_num_threads()
     monkeypatch.setattr(time, "perf_counter", lambda: made.now)
     monkeypatch.setattr(time, "process_time", lambda: made.used)
-    monkeypatch.setattr(threads, "ALONE", 3)
+    monkeypatch.setattr(threads, "ALONE_S", 3.0)
     torch.set_num_threads(2)
     yield made
     torch.set_num_threads(before)
