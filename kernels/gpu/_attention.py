@@ -278,7 +278,8 @@ def join_kernel(
         o_from = i_share * of_a_share + i_out
         weight = tl.exp2(tl.load(lse_ptr + o_from) - best) / total
         # Shares that had no key have written nothing.
-        b_out += weight * tl.load(partial_ptr + o_from * A + o_a, mask=weight > 0.0, other=0.0)
+        written = o_a < tl.where(weight > 0.0, A, 0)
+        b_out += weight * tl.load(partial_ptr + o_from * A + o_a, mask=written, other=0.0)
     tl.store(out_ptr + i_out * A + o_a, b_out.to(out_ptr.dtype.element_ty))
 
 
