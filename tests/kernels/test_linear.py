@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import SHARED_LIMIT_BYTES
+from compiling import SHARED_LIMIT_BYTES, check_fits, is_pinned
 from few_bits import (
     FORM_COLUMNS,
     FORMS,
@@ -166,7 +166,7 @@ def test_compiles_to_few_instructions(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         loop = compile_matmul("linear", capability, block_t=16, kind="int4", group=64)
-    assert loop.compiled.spill_bytes == 0
-    assert loop.compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability] / 3
-    assert loop.compiled.registers <= registers * 1.1, loop.compiled.registers
-    assert loop.per_weight <= per_weight * 1.04, loop.per_weight
+    check_fits(loop.compiled, capability, registers=int(registers * 1.1))
+    if is_pinned():
+        assert loop.compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability] / 3
+        assert loop.per_weight <= per_weight * 1.04, loop.per_weight

@@ -1,5 +1,6 @@
 """Compile kernels for GPUs that are not here, and read what the compiler made of them."""
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -17,6 +18,10 @@ SHARED_LIMIT_BYTES = {
     100: 227 * 1024,
     120: 99 * 1024,
 }
+# What every kernel is compiled for: sm_86 differs from sm_89 in nothing that these kernels use.
+CAPABILITIES = (80, 89, 90, 120)
+TOOLS = Path("backends/nvidia/bin")
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,19 @@ class Compiled:
 
     Attributes:
         registers: per thread. spill_bytes: local memory per thread, 0 without spills.
-        shared_bytes: dynamic shared memory. ptx: its text. sass: the machine code's text.
+        shared_bytes: dynamic shared memory. ptx: its text. cubin: the compiled kernel.
     """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     ptx: str
-    sass: str
+    cubin: bytes
+
+    @functools.cached_property
+    def sass(self) -> str:
+        """The machine code's text, which takes as long to write as the machine code itself."""
+        return _read("nvdisasm", "-c", self.cubin)
 
 
 def compile_kernel(
@@ -62,15 +72,42 @@ def compile_kernel(
     )
     options = {"num_warps": warps} | ({} if stages is None else {"num_stages": stages})
     done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    usage = _resource_usage(_read(tools / "cuobjdump", "-res-usage", done.asm["cubin"]))
+    usage = _resource_usage(_read("cuobjdump", "-res-usage", done.asm["cubin"]))
     return Compiled(
         registers=usage["REG"],
         spill_bytes=usage["LOCAL"] + usage["STACK"],
         shared_bytes=done.metadata.shared,
         ptx=done.asm["ptx"],
-        sass=_read(tools / "nvdisasm", "-c", done.asm["cubin"]),
+        cubin=done.asm["cubin"],
     )
+
+
+@functools.cache
+def is_pinned() -> bool:
+    """Whether Triton is the version of constraints.txt, whose figures tests know exactly.
+
+    Others give out registers and cut loops in another way, which is no fault of a kernel.
+    """
+    import triton
+
+    return f"triton=={triton.__version__}" in CONSTRAINTS.read_text().split()
+
+
+def check_fits(compiled: Compiled, capability: int, *, registers: int) -> None:
+    """Assert that a kernel fits a GPU.
+
+    Args:
+        compiled: for a GPU of this `capability`.
+        registers: the most of a thread, with the pinned Triton. Others may give as many as there
+            are, and may store some of them before a loop and read them behind it.
+    """
+    assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability], compiled.shared_bytes
+    if is_pinned():
+        assert compiled.spill_bytes == 0, compiled.spill_bytes
+        assert compiled.registers <= registers, compiled.registers
+    elif compiled.spill_bytes:
+        opcodes = {opcode[:3] for loop in loops(compiled.sass) for opcode in loop}
+        assert not opcodes & {"STL", "LDL"}, compiled.spill_bytes
 
 
 def loops(sass: str) -> list[list[str]]:
@@ -91,13 +128,16 @@ def loops(sass: str) -> list[list[str]]:
     return found
 
 
-def _read(tool: Path, option: str, cubin: bytes) -> str:
-    """What a tool of CUDA says of a compiled kernel."""
+def _read(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool of CUDA, as Triton brings it, says of a compiled kernel."""
+    import triton
+
+    path = Path(triton.__file__).parent / TOOLS / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         return subprocess.run(
-            [tool, option, file.name], capture_output=True, text=True, check=True
+            [path, option, file.name], capture_output=True, text=True, check=True
         ).stdout
 
 
