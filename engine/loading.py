@@ -70,7 +70,7 @@ def load_infiller(folder: Path, device: str = "auto", limits: Limits = NO_LIMITS
 
 
 def _on_cpu(folder: Path) -> Runner:
-    # In what type weights are multiplied is measured for each of them, see `PackedWeight`.
+    # Weights are laid out for the product that is fastest here without changing it: `PackedWeight`.
     device, dtype = torch.device("cpu"), torch.float32
     weights = read_weights(folder, device=device, dtype=dtype)
     tensors = dict(weights.tensors)
