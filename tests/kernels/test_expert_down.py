@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import SHARED_LIMIT_BYTES
+from compiling import check_fits, is_pinned
 from few_bits import FORM_COLUMNS, FORMS, form, product_error, rounding_error
 from interpreter import run_gpu
 from matmuls import compile_matmul
@@ -211,9 +211,8 @@ def test_compiles_to_few_instructions(name: str, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         loop = compile_matmul("down", capability, block_t=block_t, columns=704, **kind)
-    assert loop.compiled.spill_bytes == 0
-    assert loop.compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
-    assert loop.compiled.registers <= registers * 1.1, loop.compiled.registers
-    assert loop.per_weight <= per_weight * 1.04, loop.per_weight
+    check_fits(loop.compiled, capability, registers=int(registers * 1.1))
+    if is_pinned():
+        assert loop.per_weight <= per_weight * 1.04, loop.per_weight
     assert loop.count("I2F") == loop.count("F2F.") == 0
     assert loop.count("HGMMA" if capability == 90 else "HMMA") > 0

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compiling import SHARED_LIMIT_BYTES
+from compiling import check_fits, is_pinned
 from few_bits import FORM_COLUMNS, FORMS, form, product_error, random_weight, rounding_error
 from interpreter import run_gpu
 from matmuls import compile_matmul
@@ -219,12 +219,13 @@ def test_compiles_to_few_instructions(capability: int, block_t: int, tmp_path: P
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         loop = compile_matmul("gate_up", capability, block_t=block_t, kind="int4", group=64)
-    assert loop.compiled.spill_bytes == 0
-    assert loop.compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
-    assert loop.compiled.registers <= registers * 1.1, loop.compiled.registers
-    assert loop.per_weight <= per_weight * 1.04, loop.per_weight
+    check_fits(loop.compiled, capability, registers=int(registers * 1.1))
+    if is_pinned():
+        assert loop.per_weight <= per_weight * 1.04, loop.per_weight
+        # Weights go from registers to the product, past shared memory.
+        assert loop.count("STS") == 0
     # Codes and scales are copied ahead, and no number is converted one by one.
-    assert loop.count("LDG.") == loop.count("I2F") == loop.count("STS") == 0
+    assert loop.count("LDG.") == loop.count("I2F") == 0
     assert loop.count("LDGSTS") > 0
     # One chain of products, with one wait at its end.
     assert loop.count("WARPGROUP.DEPBAR") == (1 if capability == 90 else 0)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import SHARED_LIMIT_BYTES, compile_kernel
+from compiling import check_fits, compile_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import run_gpu
@@ -497,9 +497,7 @@ def test_scores_compile_without_spills(tokens: int, bans: bool, capability: int)
         capability,
         warps=4 if tokens < 64 else 8,
     )
-    assert compiled.spill_bytes == 0
-    assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
-    assert compiled.registers <= SCORE_REGISTERS[tokens, bans, capability]
+    check_fits(compiled, capability, registers=SCORE_REGISTERS[tokens, bans, capability])
     is_wide = capability == 90 and tokens >= 64
     assert ("wgmma.mma_async" if is_wide else "mma.sync") in compiled.ptx
 
@@ -542,6 +540,4 @@ def test_readings_compile_without_spills(top: int, capability: int) -> None:
         capability,
         warps=8,
     )
-    assert compiled.spill_bytes == 0
-    assert compiled.shared_bytes <= SHARED_LIMIT_BYTES[capability]
-    assert compiled.registers <= READ_REGISTERS[top, capability]
+    check_fits(compiled, capability, registers=READ_REGISTERS[top, capability])
