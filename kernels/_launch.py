@@ -1,5 +1,7 @@
 """What every GPU implementation shares: refusing what cannot run here."""
 
+import functools
+import importlib.metadata
 import os
 
 from torch import Tensor
@@ -15,6 +17,16 @@ class KernelUnavailable(RuntimeError):
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on CPU tensors. For tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """Major and minor version of the Triton that is installed; (0, 0): none."""
+    try:
+        major, minor, *_ = importlib.metadata.version("triton").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
 
 
 def require_triton(operation: str) -> None:

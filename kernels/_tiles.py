@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from infilld.kernels._launch import triton_version
 from infilld.kernels._weights import Kind, QuantizedWeight
 
 # Which of a word's four codes each byte holds: a mask takes bytes 0 and 2 as one pair.
@@ -43,7 +44,8 @@ class TileLayout:
         half: columns of half a tile, a power of two.
         groups: scales of a row in half a tile; 0: one scale a row, not stored with the tiles.
         permuted: words stand by (lane, step) and the codes in them by (half, pair), which is what a
-            lane of a warp group multiplies; else columns follow one another.
+            lane of a warp group multiplies, and others with some versions of Triton; else columns
+            follow one another.
         gated: rows are gates, then as many ups; a tile takes eight of each in turn.
     """
 
@@ -106,10 +108,21 @@ def tile_layout(weight: QuantizedWeight, *, capability: int, gated: bool) -> Til
         block_n=min(MOST_BLOCK_N, max(LEAST_HALF, _power_of_two(rows))),
         half=half,
         groups=groups,
-        # Only there does the first operand come from registers in one fixed order.
-        permuted=90 <= capability < 100,
+        permuted=_is_permuted(weight.kind, capability),
         gated=gated,
     )
+
+
+def _is_permuted(kind: Kind, capability: int) -> bool:
+    """Whether a lane multiplies codes in the order of a warp group's instruction.
+
+    That instruction takes its first operand from registers in one fixed order. Elsewhere Triton
+    chooses the order: up to 3.7 four columns follow one another in a lane, from 3.8 on two, but
+    for nvfp4. In the other order all weights would pass through shared memory.
+    """
+    if 90 <= capability < 100:
+        return True
+    return kind != "nvfp4" and triton_version() >= (3, 8)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
