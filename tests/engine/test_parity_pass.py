@@ -166,7 +166,11 @@ class TestTrimmedAndExtended:
         assert cache.trim(64 - margin) == 64 - margin
         self.check(cache, prefix[: 64 - margin])
 
-    def test_trim_past_what_is_held_says_so_and_encodes_anew(self) -> None:
+    def test_trim_past_what_is_held_says_so_and_encodes_anew(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # With room to spare nothing would have been dropped yet.
+        monkeypatch.setattr("infilld.engine.cache.SPARE_TOKENS", 0)
         model, prefix = ours(WIDE_HEADS), random_tokens(WIDE_HEADS, 40, seed=7)
         cache = encoded(model, prefix[:32], margin=6)
         for token in prefix[32:]:
