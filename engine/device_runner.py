@@ -468,7 +468,7 @@ class DeviceRunner(Runner):
                 torch.nn.functional.pad(each.belief.probabilities, pad)[..., :top],
             )
         elif each.belief is not None:
-            raise TypeError("a GPU's passes are told a Belief, not logits")
+            raise TypeError("a runner's passes are told a Belief, not logits")
         inputs["temperature"][rows] = float(ask.temperature)
         if ask.banned is None:
             # The last set bans nothing.

@@ -236,11 +236,10 @@ class Runner:
         embedded = self.stack.embed(each.canvas.flatten())
         if each.belief is None:
             return self.stack.condition(embedded, None)
-        if isinstance(each.belief, Belief):
-            ids = each.belief.ids.flatten(0, 1)
-            signal = self.stack.embed_belief(ids, each.belief.probabilities.flatten(0, 1))
-        else:
-            signal = self.stack.embed_logits(each.belief.flatten(0, 1))
+        if not isinstance(each.belief, Belief):
+            raise TypeError("a runner's passes are told a Belief, not logits")
+        ids = each.belief.ids.flatten(0, 1)
+        signal = self.stack.embed_belief(ids, each.belief.probabilities.flatten(0, 1))
         return self.stack.condition(embedded, signal)
 
     def _readings(self, passes: Sequence[CanvasPass], hidden: Sequence[Tensor]) -> list[Reading]:

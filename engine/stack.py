@@ -151,11 +151,6 @@ class Stack:
         )
         return expected * self._embedding_scale
 
-    def embed_logits(self, logits: Tensor) -> Tensor:
-        """Expected embedding times sqrt(D) [T, D] under softmax(logits [T, V])."""
-        probabilities = logits.to(self.dtype).softmax(-1, dtype=torch.float32).to(self.dtype)
-        return probabilities @ self.embedding * self._embedding_scale
-
     def condition(self, embedded: Tensor, signal: Tensor | None) -> Tensor:
         """A canvas's input [T, D] of its token embeddings and a belief's [T, D]."""
         eps = self.config.rms_eps

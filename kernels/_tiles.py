@@ -6,13 +6,13 @@ of both.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from infilld.kernels._launch import triton_version
-from infilld.kernels._weights import Kind, QuantizedWeight
+from infilld.kernels._weights import InParts, Kind, QuantizedWeight
 
 # Which of a word's four codes each byte holds: a mask takes bytes 0 and 2 as one pair.
 BYTE_ORDER = (0, 2, 1, 3)
@@ -126,7 +126,7 @@ def _is_permuted(kind: Kind, capability: int) -> bool:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TiledWeight:
+class TiledWeight(InParts):
     """A weight [..., N, K] in tiles. `quant_pack` makes it.
 
     Attributes:
@@ -152,32 +152,6 @@ class TiledWeight:
     scale_dtype: torch.dtype
     factor: Tensor
     biases: Tensor | None = None
-
-    @property
-    def parts(self) -> dict[str, Tensor]:
-        """Its tensors by name, without those it does not have."""
-        named = {
-            "codes": self.codes,
-            "scales": self.scales,
-            "biases": self.biases,
-            "factor": self.factor,
-        }
-        return {name: part for name, part in named.items() if part is not None}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it takes."""
-        return sum(part.nbytes for part in self.parts.values())
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self.codes.device
-
-    def to(self, device: torch.device | str) -> "TiledWeight":
-        """The same on another device."""
-        moved = {name: part.to(device) for name, part in self.parts.items()}
-        return replace(self, **moved)  # type: ignore[arg-type]
 
 
 def e5m3(scales: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ a GPU's matmuls read.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -24,8 +24,43 @@ NVFP4_GROUP = 16
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
+class InParts:
+    """What the forms of a weight in few bits have in common: the tensors they are made of."""
+
+    codes: Tensor
+    scales: Tensor
+    biases: Tensor | None
+    factor: Tensor | None
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """Its tensors by name, without those it does not have."""
+        named = {
+            "codes": self.codes,
+            "scales": self.scales,
+            "biases": self.biases,
+            "factor": self.factor,
+        }
+        return {name: part for name, part in named.items() if part is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.codes.device
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        moved = {name: part.to(device) for name, part in self.parts.items()}
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class QuantizedWeight:
+class QuantizedWeight(InParts):
     """A weight [..., N, K] in few bits; leading dimensions are experts.
 
     Its value is `factor * (scales[n, k // G] * code[n, k] + biases[n, k // G])`.
@@ -92,29 +127,3 @@ class QuantizedWeight:
         """The factors [..., N] of rows that have their own, else None."""
         has_rows = self.factor is not None and self.factor.ndim == len(self.shape) - 1
         return self.factor if has_rows else None
-
-    @property
-    def parts(self) -> dict[str, Tensor]:
-        """Its tensors by name, without those it does not have."""
-        named = {
-            "codes": self.codes,
-            "scales": self.scales,
-            "biases": self.biases,
-            "factor": self.factor,
-        }
-        return {name: part for name, part in named.items() if part is not None}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes it takes."""
-        return sum(part.nbytes for part in self.parts.values())
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self.codes.device
-
-    def to(self, device: torch.device | str) -> "QuantizedWeight":
-        """The same on another device."""
-        moved = {name: part.to(device) for name, part in self.parts.items()}
-        return replace(self, **moved)  # type: ignore[arg-type]

@@ -104,13 +104,6 @@ class CheckpointSummary:
     parts: tuple[StoredPart, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def loaded_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the weights once loaded, plain tensors in `dtype`."""
-        return sum(
-            part.parameters * dtype.itemsize if part.held_bytes is None else part.held_bytes
-            for part in self.parts
-        )
-
 
 def part_of(name: str) -> Part:
     """The part of the model that an internal tensor name belongs to."""

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from quantized import loaded_bytes
 from tiny_gguf import Type, Written, config_json, write_gguf
 from torch import Tensor
 
@@ -160,7 +161,7 @@ class TestSummary:
         summary = inspect_gguf(written.path)
         weights = read_gguf(written.path, dtype=torch.bfloat16)
         assert summary.config == weights.config
-        assert summary.loaded_bytes(torch.bfloat16) == weights.nbytes
+        assert loaded_bytes(summary, torch.bfloat16) == weights.nbytes
         assert summary.parameters == sum(each.size for each in written.numbers.values())
         assert summary.format == weights.format == "GGUF Q4_K"
         assert summary.notes == weights.notes

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantized import loaded_bytes
 from safetensors.torch import load_file, save_file
 from tiny_model import ALL_TWO, TAME, checkpoint
 from torch import Tensor
@@ -347,7 +348,7 @@ class TestFolder:
         assert summary.format == weights.format == "infilld int4"
         assert summary.notes == weights.notes
         assert "quantized here to int4 in groups of 32 from plain tensors" in summary.notes
-        assert summary.loaded_bytes(torch.bfloat16) == weights.nbytes
+        assert loaded_bytes(summary, torch.bfloat16) == weights.nbytes
         plain = inspect_checkpoint(source)
         assert summary.parameters == plain.parameters
         assert summary.config == plain.config

@@ -22,6 +22,7 @@ from quantized import (
     decompress,
     from_nvfp4,
     joined,
+    loaded_bytes,
     plain_tensors,
     replaced,
     split_experts,
@@ -115,7 +116,7 @@ def assert_summary_agrees(folder: Path, weights: Weights, *, ignored: int = 0) -
     few_bits = [t for t in weights.tensors.values() if isinstance(t, QuantizedWeight)]
     apart = [t.row_factor for t in few_bits if t.row_factor is not None]
     unforeseen = sum(factors.nbytes - 4 * len(factors) for factors in apart)
-    assert found.loaded_bytes(torch.float32) == weights.nbytes - unforeseen
+    assert loaded_bytes(found, torch.float32) == weights.nbytes - unforeseen
     in_few_bits = {part.part: part.kind for part in found.parts if part.kind}
     assert in_few_bits == {
         part_of(name): tensor.kind

@@ -202,6 +202,16 @@ def test_few_tokens_of_a_belief_and_the_rest_spread_evenly() -> None:
     assert (told - untold).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("make", [Runner.of, device_runner], ids=["cpu", "gpu"])
+def test_logits_are_no_belief(make: Any) -> None:
+    runner = make(ours(SMALL))
+    cache = runner.new_cache()
+    runner.encode(random_ids(SMALL, 5, seed=1), cache)
+    canvas, logits = random_ids(SMALL, 1, 4, seed=2), torch.zeros(1, 4, SMALL.vocab_tokens)
+    with pytest.raises(TypeError, match="told a Belief, not logits"):
+        runner.run([CanvasPass(canvas, cache, logits, ask_plainly(runner))])
+
+
 def filled(runner: DeviceRunner, tokens: int, seed: int) -> PrefixCache:
     cache = runner.new_cache()
     runner.encode(random_ids(SMALL, tokens, seed=seed), cache)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from infilld.engine.checkpoints.weights import expected_shapes
+from infilld.engine.checkpoints.weights import CheckpointSummary, expected_shapes
 from infilld.engine.config import ModelConfig
 
 EXPERTS = 3
@@ -357,3 +357,11 @@ def from_mlx(parts: Mapping[str, Tensor], group: int, bits: int, mode: str = "af
             words, scales, group_size=group, bits=bits, mode=mode, dtype=mx.float32
         )
     return torch.from_numpy(np.array(whole.astype(mx.float32)))
+
+
+def loaded_bytes(summary: CheckpointSummary, dtype: torch.dtype) -> int:
+    """Bytes of the weights that a summary promises once loaded, plain tensors in `dtype`."""
+    return sum(
+        part.parameters * dtype.itemsize if part.held_bytes is None else part.held_bytes
+        for part in summary.parts
+    )
