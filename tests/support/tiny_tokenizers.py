@@ -93,7 +93,8 @@ def pieces(tokenizer: Tokenizer, ids: tuple[int, ...]) -> list[int | str]:
             text.append(token)
             continue
         if text:
-            found.append(tokenizer.decode(text).decode())
+            # A small budget may cut within a character; no expected text holds what stands for it.
+            found.append(tokenizer.decode(text).decode(errors="replace"))
             text = []
         if token is not None:
             found.append(token)
