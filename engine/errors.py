@@ -3,7 +3,7 @@
 InfilldError                  .code (stable, snake_case)  .remedy (one sentence)
 ├─ RequestError               the caller can fix it
 │  ├─ SpanOutOfRange  SpansOverlap  GapTooLong  ContextTooLong
-│  └─ BadText  UnknownOption  Unsupported
+│  └─ BadText  BadGrammar  UnknownOption  Unsupported
 ├─ ModelError                 the installation must be mended
 │  └─ CheckpointMissing  CheckpointMismatch  UnsupportedDevice  NotEnoughMemory
 ├─ Unavailable                try again later
@@ -66,6 +66,13 @@ class BadText(RequestError):
 
     code = "bad_text"
     remedy = "Send valid Unicode: every surrogate must be part of a pair."
+
+
+class BadGrammar(RequestError):
+    """A schema, a pattern or a grammar is malformed, or asks for what cannot be enforced."""
+
+    code = "bad_grammar"
+    remedy = "Simplify it; the message says what cannot be served."
 
 
 class UnknownOption(RequestError):

@@ -63,6 +63,19 @@ class Pin:
     text: str
 
 
+@dataclass(frozen=True)
+class Grammar:
+    """What a text must match, all of it.
+
+    `kind` says how `text` is written: a JSON schema, a regular expression (Rust's syntax), Lark as
+    llguidance reads it, or GBNF as llama.cpp does. `json` asks for any JSON object; its text is
+    empty.
+    """
+
+    kind: Literal["json", "json_schema", "regex", "lark", "gbnf"]
+    text: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class InfillRequest:
     """One infill, rewrite or repair.
@@ -89,6 +102,8 @@ class InfillRequest:
         think: the model may reason before it writes.
         warm: only encode the prompt.
         background: every other request goes first.
+        grammar: what the text of the only span must match; None: nothing.
+        shows_tokens: whoever watches gets the tokens of the canvas, too.
     """
 
     text: str
@@ -110,6 +125,8 @@ class InfillRequest:
     think: bool = False
     warm: bool = False
     background: bool = False
+    grammar: Grammar | None = None
+    shows_tokens: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no model could serve.
@@ -232,17 +249,27 @@ def _refuse_overlap(spans: Sequence[Span]) -> None:
 
 
 @dataclass(frozen=True)
+class ScoredToken:
+    """A token's text, and its causal log-probability, nats."""
+
+    text: str
+    log_probability: float
+
+
+@dataclass(frozen=True)
 class SpanFill:
     """New text of one span; `start` and `end` are offsets in the request's text.
 
     `confidence` is the calibrated chance that it is right, 0 to 1; the geometric mean probability
-    of its tokens where the model has no calibration.
+    of its tokens where the model has no calibration. `tokens` are those of the text, in order;
+    none where it was not scored as a whole, as a span of several pieces is not.
     """
 
     start: int
     end: int
     text: str
     confidence: float
+    tokens: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -262,6 +289,26 @@ class DraftSpan:
 
 
 @dataclass(frozen=True)
+class CanvasToken:
+    """A position of the canvas.
+
+    Attributes:
+        text: of its most probable token; empty for a filler and for a part of a character.
+        entropy_nats: of the position; 0 where given.
+        state: `given` is pinned, `settled` certain and unchanged, `accepted` kept its proposal,
+            `noise` will be drawn anew.
+        span: number of the span it belongs to; None: it is given.
+        is_filler: no text is wanted there.
+    """
+
+    text: str
+    entropy_nats: float
+    state: Literal["given", "settled", "accepted", "noise"]
+    span: int | None = None
+    is_filler: bool = False
+
+
+@dataclass(frozen=True)
 class CanvasUpdate:
     """The hypothesis that is best now.
 
@@ -271,6 +318,7 @@ class CanvasUpdate:
         passes: forwards done so far for this request.
         spans: whole draft text of each span.
         revised: a settled prefix was taken back.
+        tokens: the canvas position by position, for requests that show them.
     """
 
     seq: int
@@ -278,16 +326,18 @@ class CanvasUpdate:
     passes: int
     spans: tuple[DraftSpan, ...]
     revised: bool = False
+    tokens: tuple[CanvasToken, ...] = ()
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens and forwards this request cost."""
+    """Tokens and forwards this request cost; `text_tokens` are those of the best answer."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     canvas_tokens: int = 0
     passes: int = 0
+    text_tokens: int = 0
 
 
 @dataclass(frozen=True)

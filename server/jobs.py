@@ -1,20 +1,28 @@
 """Jobs of the engine seen from the event loop.
 
-The engine answers on its own thread; here its canvases and its result become things to await, and
-the jobs that are live are known, so that a stopping daemon can cancel them.
+The engine answers on its own thread; here its updates and its result become things to await, and
+the jobs that are live are known, so that a stopping daemon can cancel them. Whoever keeps records
+is told of every job that ends.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
+from infilld.engine.conversation import ChatRequest, ChatResult, ChatUpdate
 from infilld.engine.errors import Cancelled, InfilldError
 from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult
 
-OnCanvas = Callable[[CanvasUpdate], None]
+AnyRequest = InfillRequest | ChatRequest
+AnyResult = InfillResult | ChatResult
+AnyUpdate = CanvasUpdate | ChatUpdate
 Event = Literal["shown", "inserted", "partly", "dismissed", "retained"]
+
+U = TypeVar("U", CanvasUpdate, ChatUpdate)
+R = TypeVar("R", InfillResult, ChatResult)
 
 
 class Job(Protocol):
@@ -25,15 +33,15 @@ class Job(Protocol):
         """Names the job in the reply and its events."""
 
     @property
-    def future(self) -> Future[InfillResult]:
-        """Resolves on the engine's thread."""
+    def future(self) -> Future[Any]:
+        """Resolves on the engine's thread, with the result that belongs to the request."""
 
     def cancel(self) -> None:
         """End within one pass; the future then raises `Cancelled`. Harmless twice."""
 
 
 class Worker(Protocol):
-    """What the server needs of the engine's worker."""
+    """What the server needs of the engine's worker; a remote engine is one, too."""
 
     @property
     def state(self) -> str:
@@ -46,11 +54,11 @@ class Worker(Protocol):
     def start(self) -> None:
         """Begin to load on a thread of its own; returns at once."""
 
-    def submit(self, request: InfillRequest, on_canvas: OnCanvas | None = None) -> Job:
-        """Queue a job; `on_canvas` is called on the engine's thread.
+    def submit(self, request: AnyRequest, on_canvas: Callable[[Any], None] | None = None) -> Job:
+        """Queue a job; `on_canvas` is called on the engine's thread with its updates.
 
         Raises:
-            Loading, Busy: not now.
+            Loading, Busy: not now. Unsupported: this model cannot.
         """
 
     def feedback(
@@ -62,6 +70,19 @@ class Worker(Protocol):
             UnknownId, UnknownOption: there is no such answer, or no such choice.
         """
 
+    def switch(self, folder: Path | None) -> None:
+        """Load another checkpoint (None: the starter) in place of this one; returns at once.
+
+        Open jobs end first, queued ones wait for the new model. Where it cannot be loaded the old
+        one is loaded again and `describe` says why.
+
+        Raises:
+            Unsupported: this engine has no models to choose from. Busy: it is switching already.
+        """
+
+    def unload(self) -> None:
+        """Give the model's memory back once no job is open; the next job loads it again."""
+
     def describe(self) -> dict[str, object]:
         """Model, device and sizes."""
 
@@ -72,76 +93,144 @@ class Worker(Protocol):
         """End the thread and free the device."""
 
 
-class LiveJob:
+class Observer(Protocol):
+    """Keeps records of jobs; called on the event loop, must return at once and never raise."""
+
+    def answered(
+        self, job_id: str, route: str, request: AnyRequest, outcome: AnyResult | BaseException
+    ) -> None:
+        """A job that came by a route has ended."""
+
+    def told(self, job_id: str, event: Event, choice: int, chars: int | None) -> None:
+        """A client said what became of an answer."""
+
+
+class NoObserver:
+    """Keeps nothing."""
+
+    def answered(
+        self, job_id: str, route: str, request: AnyRequest, outcome: AnyResult | BaseException
+    ) -> None:
+        """As `Observer`."""
+
+    def told(self, job_id: str, event: Event, choice: int, chars: int | None) -> None:
+        """As `Observer`."""
+
+
+class LiveJob(Generic[U, R]):
     """A submitted job; made and used on one event loop."""
 
-    def __init__(self, worker: Worker, request: InfillRequest, *, with_canvases: bool) -> None:
+    def __init__(self, worker: Worker, request: AnyRequest, *, with_updates: bool) -> None:
         self._loop = asyncio.get_running_loop()
-        self._inbox: asyncio.Queue[CanvasUpdate | None] = asyncio.Queue()
-        self._job = worker.submit(request, self._deliver if with_canvases else None)
+        self._inbox: asyncio.Queue[U | None] = asyncio.Queue()
+        self._job = worker.submit(request, self._deliver if with_updates else None)
         self._job.future.add_done_callback(lambda _: self._deliver(None))
         self.id = self._job.id
 
-    def _deliver(self, update: CanvasUpdate | None) -> None:
+    def _deliver(self, update: U | None) -> None:
         # The engine's thread may speak once more after the loop has closed.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._inbox.put_nowait, update)
 
-    async def canvases(self) -> AsyncIterator[CanvasUpdate]:
-        """Yield every canvas until the result is there."""
+    async def updates(self) -> AsyncIterator[U]:
+        """Yield every update until the result is there."""
         while (update := await self._inbox.get()) is not None:
             yield update
 
-    async def result(self) -> InfillResult:
+    async def result(self) -> R:
         """Wait for the result.
 
         Raises:
             InfilldError: the job failed or was cancelled.
         """
         if not self._job.future.done():
-            async for _ in self.canvases():
+            async for _ in self.updates():
                 pass
         try:
-            return self._job.future.result()
+            answer: R = self._job.future.result()
         except CancelledError:
             raise Cancelled("the job was cancelled") from None
+        return answer
+
+    def on_end(self, tell: Callable[[AnyResult | BaseException], None]) -> None:
+        """Have the outcome told on the event loop, whoever waits for it or not."""
+
+        def ended(future: Future[Any]) -> None:
+            error = Cancelled("cancelled") if future.cancelled() else future.exception()
+            outcome = future.result() if error is None else error
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(tell, outcome)
+
+        self._job.future.add_done_callback(ended)
 
     def cancel(self) -> None:
         """End the job within one pass; harmless when it is done."""
         self._job.cancel()
 
 
-class Jobs:
-    """The jobs whose clients still wait."""
+AnyJob = LiveJob[CanvasUpdate, InfillResult] | LiveJob[ChatUpdate, ChatResult]
 
-    def __init__(self, worker: Worker) -> None:
+
+class Jobs:
+    """The jobs whose clients still wait.
+
+    Args:
+        worker: runs them. observer: is told how they end.
+    """
+
+    def __init__(self, worker: Worker, observer: Observer | None = None) -> None:
         self.worker = worker
-        self.model = str(worker.describe()["model"])
-        self._live: set[LiveJob] = set()
+        self.observer: Observer = observer or NoObserver()
+        self._live: set[AnyJob] = set()
 
     def __len__(self) -> int:
         return len(self._live)
 
-    @contextmanager
-    def run(self, request: InfillRequest, *, with_canvases: bool) -> Iterator[LiveJob]:
-        """Submit a job; leaving the block, however that happens, cancels what is left of it.
+    @property
+    def model(self) -> str:
+        """Name of the model that is loaded."""
+        return str(self.worker.describe()["model"])
+
+    @overload
+    def submit(
+        self, request: InfillRequest, *, route: str, with_updates: bool
+    ) -> LiveJob[CanvasUpdate, InfillResult]: ...
+
+    @overload
+    def submit(
+        self, request: ChatRequest, *, route: str, with_updates: bool
+    ) -> LiveJob[ChatUpdate, ChatResult]: ...
+
+    def submit(self, request: AnyRequest, *, route: str, with_updates: bool) -> Any:
+        """Submit a job that the caller will `finish`.
+
+        Args:
+            request: what is asked. route: by which it came, for the records.
+            with_updates: whether somebody reads `updates`.
 
         Raises:
-            Loading, Busy: not now.
+            Loading, Busy: not now. Unsupported: this model cannot.
         """
-        job = self.submit(request, with_canvases=with_canvases)
+        job: LiveJob[Any, Any] = LiveJob(self.worker, request, with_updates=with_updates)
+        observer = self.observer
+        job.on_end(lambda outcome: observer.answered(job.id, route, request, outcome))
+        self._live.add(job)
+        return job
+
+    @contextmanager
+    def run(self, request: Any, *, route: str) -> Iterator[Any]:
+        """Submit a job without updates; leaving the block cancels what is left of it.
+
+        Raises:
+            As `submit`.
+        """
+        job = self.submit(request, route=route, with_updates=False)
         try:
             yield job
         finally:
             self.finish(job)
 
-    def submit(self, request: InfillRequest, *, with_canvases: bool) -> LiveJob:
-        """Submit a job that the caller will `finish`."""
-        job = LiveJob(self.worker, request, with_canvases=with_canvases)
-        self._live.add(job)
-        return job
-
-    def finish(self, job: LiveJob) -> None:
+    def finish(self, job: AnyJob) -> None:
         """Cancel what is left of a job and forget it."""
         self._live.discard(job)
         job.cancel()

@@ -23,6 +23,7 @@ STATUS: Mapping[type[InfilldError], int] = {
     errors.GapTooLong: 400,
     errors.ContextTooLong: 400,
     errors.BadText: 400,
+    errors.BadGrammar: 400,
     errors.UnknownOption: 400,
     errors.Unsupported: 400,
     errors.ModelError: 500,

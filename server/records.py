@@ -32,6 +32,7 @@ def to_engine(asked: wire.InfillRequest) -> InfillRequest:
         think=asked.think,
         warm=asked.warm,
         background=asked.background,
+        shows_tokens=asked.show_tokens,
     )
 
 
@@ -61,6 +62,7 @@ def to_reply(result: InfillResult, model: str) -> wire.InfillReply:
             cached_tokens=used.cached_tokens,
             canvas_tokens=used.canvas_tokens,
             passes=used.passes,
+            text_tokens=used.text_tokens,
         ),
         timings=wire.Timings(
             queue_ms=spent.queue_ms,
@@ -80,4 +82,14 @@ def to_event(job_id: str, update: CanvasUpdate) -> wire.CanvasEvent:
         passes=update.passes,
         spans=[wire.DraftSpan(text=span.text, settled=span.settled) for span in update.spans],
         revised=update.revised,
+        tokens=[
+            wire.CanvasToken(
+                text=token.text,
+                entropy=token.entropy_nats,
+                state=token.state,
+                span=token.span,
+                filler=token.is_filler,
+            )
+            for token in update.tokens
+        ],
     )

@@ -11,12 +11,18 @@ from dataclasses import dataclass, field, fields
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 STARTER = "starter"
 DEFAULT_PORT = 8741
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+LOCAL_ENGINE = "local"
+REMOTE_SCHEME = "openai:"
 WEIGHTS = ("auto", "plain", "int4", "int8")
 KEY_VALUES = ("auto", "bf16", "fp8")
+NONE = "none"
+"""What stands for no path, in flags and files."""
 _PREFIX = "INFILLD_"
 # A year: a timer that is set for longer than this means never.
 _MOST_MINUTES = 525_600
@@ -62,11 +68,20 @@ class Settings:
     Attributes:
         model: absolute path of a checkpoint folder, or "starter" for the embedded model.
         device: "auto", or a torch device such as "cpu" or "cuda".
-        host: loopback address to listen on.
+        host: address to listen on, a loopback one unless `allow_remote`.
         port: TCP port; 0 picks a free one.
         state_dir: folder of the lock, the daemon's address, the token and the log.
+        socket: path of a Unix socket to listen on instead of TCP; None: TCP.
+        allow_remote: `host` may be an address that other machines reach; needs `auth`.
+        allowed_hosts: Host headers that are taken beside this machine's own, such as
+            "box.lan:8741".
         auth: ask for the bearer token.
-        log_level: one of `LOG_LEVELS`.
+        log_level: one of `LOG_LEVELS`. log_format: one of `LOG_FORMATS`.
+        log_prompts: source text may stand in the log.
+        engine: "local", or "openai:URL" of a server that speaks OpenAI's protocol.
+        engine_model: name of the model there; "auto": the first it has.
+        engine_key_file: file with the key to send there; None: none is sent.
+        fail_over: while that server does not answer, the local model does.
         context_tokens: longest prompt to keep room for; "auto": what fits, up to 32,768. On a GPU.
         memory_gb: what may be used of the GPU, in GB of 10^9 bytes; "auto": most of what is free.
         key_values: how the prompt is held on a GPU: "bf16" or "fp8"; "auto": bf16.
@@ -83,8 +98,17 @@ class Settings:
     state_dir: Path = field(
         default_factory=lambda: _xdg(os.environ, "XDG_STATE_HOME", ".local/state")
     )
+    socket: Path | None = None
+    allow_remote: bool = False
+    allowed_hosts: tuple[str, ...] = ()
     auth: bool = True
     log_level: str = "info"
+    log_format: Literal["text", "json"] = "text"
+    log_prompts: bool = False
+    engine: str = LOCAL_ENGINE
+    engine_model: str = "auto"
+    engine_key_file: Path | None = None
+    fail_over: bool = False
     context_tokens: int | Literal["auto"] = "auto"
     memory_gb: float | Literal["auto"] = "auto"
     key_values: Literal["auto", "bf16", "fp8"] = "auto"
@@ -110,10 +134,22 @@ class Settings:
         """The command-line flags that give another process exactly these settings."""
         words: list[str] = []
         for name in KEYS:
-            value = getattr(self, name)
-            text = str(value).lower() if isinstance(value, bool) else str(value)
-            words += [f"--{name.replace('_', '-')}", text]
+            words += [f"--{name.replace('_', '-')}", _as_flag(getattr(self, name))]
         return words
+
+    @property
+    def engine_url(self) -> str | None:
+        """Base address of the remote engine; None: the engine is local."""
+        is_remote = self.engine.startswith(REMOTE_SCHEME)
+        return self.engine.removeprefix(REMOTE_SCHEME) if is_remote else None
+
+
+def _as_flag(value: object) -> str:
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def load(
@@ -131,7 +167,25 @@ def load(
     for name, value in (flags or {}).items():
         if value is not None:
             values[name] = _read(name, value, f"flag --{name.replace('_', '-')}", Path.cwd())
-    return Settings(**values)  # type: ignore[arg-type]  # _read has checked every one
+    wanted = Settings(**values)  # type: ignore[arg-type]  # _read has checked every one
+    _refuse_open_door(wanted)
+    return wanted
+
+
+def _refuse_open_door(wanted: Settings) -> None:
+    """Other machines are let in only where that is asked for, and only with the token."""
+    if ip_address(wanted.host).is_loopback:
+        return
+    if not wanted.allow_remote:
+        raise SettingsProblem(
+            f"host = {wanted.host!r} can be reached from other machines",
+            remedy="Listen on loopback, such as 127.0.0.1, or allow it: --allow-remote true",
+        )
+    if not wanted.auth:
+        raise SettingsProblem(
+            f"host = {wanted.host!r} without a token would serve everybody",
+            remedy="Leave `auth` on, or listen on loopback.",
+        )
 
 
 def _from_file(path: Path) -> dict[str, object]:
@@ -190,12 +244,38 @@ def _host(value: object, folder: Path) -> str:
     if text == "localhost":
         return "127.0.0.1"
     try:
-        is_loopback = ip_address(text).is_loopback
+        return str(ip_address(text))
     except ValueError:
-        is_loopback = False
-    if not is_loopback:
-        raise ValueError("infilld listens on loopback only, such as 127.0.0.1 or ::1")
-    return text
+        raise ValueError("expected an address, such as 127.0.0.1 or ::1") from None
+
+
+def _maybe_path(value: object, folder: Path) -> Path | None:
+    return None if value is None or value == NONE else _path(value, folder)
+
+
+def _hosts(value: object, folder: Path) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) for part in parts):
+        raise ValueError("expected hosts, such as box.lan:8741, with commas between them")
+    names = tuple(part.strip().lower() for part in parts)
+    if any(not name or any(c in name for c in "/@ *") for name in names if names != ("",)):
+        raise ValueError("expected hosts, such as box.lan:8741, without scheme or path")
+    return () if names == ("",) else names
+
+
+def _engine(value: object, folder: Path) -> str:
+    text = _text(value)
+    if text == LOCAL_ENGINE:
+        return text
+    where = urlsplit(text.removeprefix(REMOTE_SCHEME))
+    is_url = where.scheme in ("http", "https") and bool(where.hostname)
+    if not text.startswith(REMOTE_SCHEME) or not is_url or where.username or where.query:
+        raise ValueError('expected "local", or "openai:" and an address such as http://host:8000')
+    return text.rstrip("/")
+
+
+def _name(value: object, folder: Path) -> str:
+    return _text(value)
 
 
 def _port(value: object, folder: Path) -> int:
@@ -269,8 +349,17 @@ _READERS: Mapping[str, Callable[[object, Path], object]] = {
     "host": _host,
     "port": _port,
     "state_dir": _path,
+    "socket": _maybe_path,
+    "allow_remote": _bool,
+    "allowed_hosts": _hosts,
     "auth": _bool,
     "log_level": _one_of(LOG_LEVELS),
+    "log_format": _one_of(LOG_FORMATS),
+    "log_prompts": _bool,
+    "engine": _engine,
+    "engine_model": _name,
+    "engine_key_file": _maybe_path,
+    "fail_over": _bool,
     "context_tokens": _tokens,
     "memory_gb": _gigabytes,
     "key_values": _one_of(KEY_VALUES),
@@ -281,11 +370,20 @@ KEYS = tuple(f.name for f in fields(Settings))
 HELP: Mapping[str, str] = {
     "model": 'checkpoint folder, or "starter"',
     "device": "auto, cpu, cuda, cuda:N",
-    "host": "loopback address to listen on",
+    "host": "loopback address to listen on, or another with --allow-remote true",
     "port": f"TCP port, {DEFAULT_PORT} unless told; 0 picks a free one",
     "state_dir": "folder of the lock, the token and the log",
+    "socket": "Unix socket to listen on instead of TCP",
+    "allow_remote": "let other machines in, with the token: true or false",
+    "allowed_hosts": "Host headers taken beside this machine's own, commas between them",
     "auth": "ask for the bearer token: true or false",
     "log_level": ", ".join(LOG_LEVELS),
+    "log_format": ", ".join(LOG_FORMATS),
+    "log_prompts": "source text may stand in the log: true or false",
+    "engine": f'"{LOCAL_ENGINE}", or "{REMOTE_SCHEME}URL" of an OpenAI-compatible server',
+    "engine_model": "name of the model there; auto",
+    "engine_key_file": "file with the key to send there",
+    "fail_over": "the local model answers while that server does not: true or false",
     "context_tokens": "longest prompt to keep room for on a GPU; auto",
     "memory_gb": "what may be used of the GPU, GB of 10^9 bytes; auto",
     "key_values": f"how prompts are held on a GPU: {', '.join(KEY_VALUES)}",

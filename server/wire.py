@@ -80,7 +80,8 @@ class InfillRequest(_Request):
     """Body of `POST /v1/infill`.
 
     `repair` marks suspected text within the spans, whose other text is kept: null asks for no
-    repair, an empty list lets the model find what is suspicious.
+    repair, an empty list lets the model find what is suspicious. With `stream`, `show_tokens` has
+    every event show the canvas token by token.
     """
 
     text: Text
@@ -103,6 +104,7 @@ class InfillRequest(_Request):
     think: Flag = False
     warm: Flag = False
     background: Flag = False
+    show_tokens: Flag = False
 
 
 class SpanText(_Reply):
@@ -122,12 +124,13 @@ class Choice(_Reply):
 
 
 class Usage(_Reply):
-    """What the request cost."""
+    """What the request cost; `text_tokens` are those of the best answer."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     canvas_tokens: int = 0
     passes: int = 0
+    text_tokens: int = 0
 
 
 class Timings(_Reply):
@@ -162,11 +165,27 @@ class DraftSpan(_Reply):
     settled: int
 
 
+class CanvasToken(_Reply):
+    """A position of the canvas: its most probable token, and what becomes of it.
+
+    `given` is pinned, `settled` certain and unchanged, `accepted` kept its proposal, `noise` will
+    be drawn anew. `span` is the number of the span it belongs to, null where it is given;
+    `entropy` counts nats. A filler stands where no text is wanted.
+    """
+
+    text: str
+    entropy: float
+    state: Literal["given", "settled", "accepted", "noise"]
+    span: int | None = None
+    filler: bool = False
+
+
 class CanvasEvent(_Reply):
     """Data of `event: canvas`: the hypothesis that is best now.
 
     `seq` counts events from 0, `canvas` the canvases of a long answer; `passes` (`pass` on the
     wire) counts the forwards done on this canvas. `revised` says that settled text was taken back.
+    `tokens` are there for requests with `show_tokens`.
     """
 
     id: str
@@ -175,6 +194,7 @@ class CanvasEvent(_Reply):
     passes: int = Field(validation_alias="pass", serialization_alias="pass")
     spans: list[DraftSpan]
     revised: bool = False
+    tokens: list[CanvasToken] = []
 
 
 class Feedback(_Request):

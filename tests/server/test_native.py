@@ -61,7 +61,13 @@ def test_the_reply_has_the_documented_shape(server: LiveServer) -> None:
         ],
         "reason": "ok",
         "why": "",
-        "usage": {"prompt_tokens": 10, "cached_tokens": 0, "canvas_tokens": 16, "passes": 2},
+        "usage": {
+            "prompt_tokens": 10,
+            "cached_tokens": 0,
+            "canvas_tokens": 16,
+            "passes": 2,
+            "text_tokens": 2,
+        },
         "timings": {"queue_ms": 0.0, "encode_ms": 0.0, "denoise_ms": 1.0, "total_ms": 1.5},
     }
 

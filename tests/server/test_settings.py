@@ -63,15 +63,36 @@ def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("idle_unload_minutes", True),
         ("device", ""),
         ("model", ""),
-        ("host", "0.0.0.0"),
-        ("host", "192.168.1.1"),
         ("host", "example.org"),
-        ("host", "::"),
+        ("allowed_hosts", "http://box.lan"),
+        ("allowed_hosts", "box.lan,,other"),
+        ("allowed_hosts", "*"),
+        ("socket", ""),
+        ("log_format", "xml"),
+        ("engine", "http://host:8000"),
+        ("engine", "openai:host:8000"),
+        ("engine", "openai:http://user:secret@host:8000"),
+        ("engine", "openai:file:///etc/passwd"),
     ],
 )
 def test_a_bad_value_names_the_flag(name: str, value: object) -> None:
     with pytest.raises(SettingsProblem, match=f"--{name.replace('_', '-')}"):
         load({name: value})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.1", "::"])
+def test_other_machines_are_let_in_only_when_told_and_with_a_token(host: str) -> None:
+    with pytest.raises(SettingsProblem, match="other machines") as refused:
+        load({"host": host})
+    assert "--allow-remote" in refused.value.remedy
+    with pytest.raises(SettingsProblem, match="without a token"):
+        load({"host": host, "allow_remote": "true", "auth": "false"})
+    assert load({"host": host, "allow_remote": "true"}).host == host
+
+
+def test_a_remote_engine_is_an_address() -> None:
+    assert load().engine_url is None
+    assert load({"engine": "openai:http://host:8000/"}).engine_url == "http://host:8000"
 
 
 def test_broken_toml_names_the_file(own_home: Path) -> None:
@@ -93,7 +114,17 @@ def test_the_model_may_be_unloaded_when_idle(value: object, meant: object) -> No
 
 
 def test_flags_give_another_process_the_same_settings(own_home: Path) -> None:
-    wanted = load({"port": "0", "auth": "false", "model": "some where", "host": "::1"})
+    wanted = load(
+        {
+            "port": "0",
+            "auth": "false",
+            "model": "some where",
+            "host": "::1",
+            "socket": "run/infilld.sock",
+            "allowed_hosts": "box.lan:8741, other",
+            "engine": "openai:https://host",
+        }
+    )
     words = wanted.flags()
     flags = dict(zip(words[::2], words[1::2], strict=True))
     given = {name.removeprefix("--").replace("-", "_"): value for name, value in flags.items()}

@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from infilld.engine.conversation import ChatAnswer, ChatRequest, ChatResult, ChatUpdate, Finish
 from infilld.engine.errors import Busy, Cancelled, InfilldError, Loading, UnknownId
 from infilld.engine.request import (
     Alternative,
@@ -20,12 +22,14 @@ from infilld.engine.request import (
     InfillRequest,
     InfillResult,
     Reason,
+    ScoredToken,
     SpanFill,
     Timings,
     Usage,
 )
 
-OnCanvas = Callable[[CanvasUpdate], None]
+OnCanvas = Callable[[Any], None]
+AnyRequest = InfillRequest | ChatRequest
 Event = Literal["shown", "inserted", "partly", "dismissed", "retained"]
 
 
@@ -40,6 +44,7 @@ class Script:
         reason, why: of the result.
         error: raised instead of a result.
         pass_s: seconds before each canvas.
+        thoughts, finish: of every answer in a conversation, whose text is final word by word.
     """
 
     texts: Sequence[str | list[str]] = ("return 1",)
@@ -48,17 +53,19 @@ class Script:
     why: str = ""
     error: InfilldError | None = None
     pass_s: float = 0.0
+    thoughts: str = ""
+    finish: Finish = "stop"
 
 
-Scripting = Script | Callable[[InfillRequest], Script]
+Scripting = Script | Callable[[Any], Script]
 
 
 class FakeJob:
     """One scripted job."""
 
-    def __init__(self, job_id: str, request: InfillRequest, script: Script) -> None:
+    def __init__(self, job_id: str, request: AnyRequest, script: Script) -> None:
         self.id, self.request, self.script = job_id, request, script
-        self.future: Future[InfillResult] = Future()
+        self.future: Future[Any] = Future()
         self.is_cancelled = threading.Event()
         self.is_superseded = threading.Event()
 
@@ -77,6 +84,7 @@ class FakeWorker:
         self.failure: InfilldError | None = None
         self.jobs: list[FakeJob] = []
         self.told: list[tuple[str, str, int, int | None]] = []
+        self.switched: list[Path | None] = []
         self._capacity = capacity
         self._is_open = threading.Event()
         self._is_open.set()
@@ -112,7 +120,13 @@ class FakeWorker:
         with self._changed:
             assert self._changed.wait_for(condition, timeout_s), "the fake worker never got there"
 
-    def submit(self, request: InfillRequest, on_canvas: OnCanvas | None = None) -> FakeJob:
+    def switch(self, folder: Path | None) -> None:
+        self.switched.append(folder)
+
+    def unload(self) -> None:
+        self.state = "unloaded"
+
+    def submit(self, request: AnyRequest, on_canvas: OnCanvas | None = None) -> FakeJob:
         if self.failure is not None:
             raise self.failure
         if self.state == "loading":
@@ -160,11 +174,12 @@ class FakeWorker:
             self._changed.notify_all()
 
     def _run(self, job: FakeJob, on_canvas: OnCanvas | None) -> None:
-        for seq, draft in enumerate(job.script.drafts):
+        updates = _updates(job)
+        for update in updates:
             if self._has_ended(job):
                 return
             if on_canvas is not None:
-                on_canvas(_update(job, seq, draft))
+                on_canvas(update)
         if self._has_ended(job):
             return
         if job.script.error is not None:
@@ -185,7 +200,8 @@ class FakeWorker:
             self._note("cancelled")
             return True
         if job.is_superseded.is_set():
-            job.future.set_result(InfillResult(id=job.id, seed=0, reason="superseded", why="newer"))
+            kind = ChatResult if isinstance(job.request, ChatRequest) else InfillResult
+            job.future.set_result(kind(id=job.id, seed=0, reason="superseded", why="newer"))
             self._note("superseded")
             return True
         return False
@@ -195,10 +211,28 @@ def _for_span(texts: str | list[str], number: int) -> str:
     return texts if isinstance(texts, str) else texts[number]
 
 
-def _update(job: FakeJob, seq: int, draft: str | list[str]) -> CanvasUpdate:
+def _updates(job: FakeJob) -> list[CanvasUpdate | ChatUpdate]:
+    drafts, asked = job.script.drafts, job.request
+    if isinstance(asked, InfillRequest):
+        return [_update(job, asked, seq, draft) for seq, draft in enumerate(drafts)]
+    words = str(next(iter(job.script.texts), "")).split(" ")
+    return [
+        ChatUpdate(
+            seq=seq,
+            canvas=seq,
+            passes=seq + 1,
+            text=" ".join(words[: seq + 1]),
+            thoughts=job.script.thoughts,
+            draft=" ".join(words[seq + 1 :]).upper(),
+        )
+        for seq in range(len(words))
+    ]
+
+
+def _update(job: FakeJob, asked: InfillRequest, seq: int, draft: str | list[str]) -> CanvasUpdate:
     after = [*job.script.drafts, *job.script.texts[:1]][seq + 1 :]
     spans = []
-    for number in range(len(job.request.spans)):
+    for number in range(len(asked.spans)):
         text = _for_span(draft, number)
         pairs = zip(text, _for_span(after[0], number) if after else text, strict=False)
         settled = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -206,24 +240,42 @@ def _update(job: FakeJob, seq: int, draft: str | list[str]) -> CanvasUpdate:
     return CanvasUpdate(seq=seq, canvas=0, passes=seq + 1, spans=tuple(spans))
 
 
-def _result(job: FakeJob) -> InfillResult:
+def _result(job: FakeJob) -> InfillResult | ChatResult:
     script, asked = job.script, job.request
-    texts = script.texts[: asked.alternatives] if script.reason == "ok" and not asked.warm else ()
+    seed = 7 if asked.seed is None else asked.seed
+    usage = Usage(prompt_tokens=10, canvas_tokens=16, passes=len(script.drafts), text_tokens=2)
+    timings = Timings(denoise_ms=1.0, total_ms=1.5)
+    texts = script.texts[: asked.alternatives] if script.reason == "ok" else ()
+    if isinstance(asked, ChatRequest):
+        return ChatResult(
+            id=job.id,
+            seed=seed,
+            answers=tuple(ChatAnswer(str(text), script.thoughts, script.finish) for text in texts),
+            reason=script.reason,
+            why=script.why,
+            usage=usage,
+            timings=timings,
+        )
+    alternatives = tuple(
+        Alternative(
+            tuple(_fill(span.start, span.end, _for_span(text, i)) for i, span in spans),
+            -0.1 - rank,
+        )
+        for spans in [list(enumerate(asked.spans))]
+        for rank, text in enumerate(() if asked.warm else texts)
+    )
     return InfillResult(
         id=job.id,
-        seed=7 if asked.seed is None else asked.seed,
-        alternatives=tuple(
-            Alternative(
-                tuple(
-                    SpanFill(span.start, span.end, _for_span(text, number), 0.9)
-                    for number, span in enumerate(asked.spans)
-                ),
-                -0.1 - i,
-            )
-            for i, text in enumerate(texts)
-        ),
+        seed=seed,
+        alternatives=alternatives,
         reason=script.reason,
         why=script.why,
-        usage=Usage(prompt_tokens=10, canvas_tokens=16, passes=len(script.drafts)),
-        timings=Timings(denoise_ms=1.0, total_ms=1.5),
+        usage=usage,
+        timings=timings,
     )
+
+
+def _fill(start: int, end: int, text: str) -> SpanFill:
+    """A fill whose tokens are its words."""
+    words = [word for word in text.replace(" ", " \0").split("\0") if word]
+    return SpanFill(start, end, text, 0.9, tuple(ScoredToken(word, -0.25) for word in words))
