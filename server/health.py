@@ -10,15 +10,24 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 
 from infilld.server import wire
 from infilld.server.discovery import API
+from infilld.server.facts import FAMILY, facts
 from infilld.server.jobs import Jobs
 
 EXPOSITION = "text/plain; version=0.0.4"
+
+_NOT_READY: Mapping[str, wire.LoadingError] = {
+    state: wire.LoadingError(code=503, message=message, type="unavailable_error")
+    for state, message in (
+        ("loading", "Loading model"),
+        ("failed", "The model could not be loaded; infilld logs says why"),
+    )
+}
 
 
 def router(jobs: Jobs) -> APIRouter:
     """The reporting routes over one engine."""
     routes = APIRouter()
-    started_s = time.monotonic()
+    started_s, started = time.monotonic(), int(time.time())
 
     @routes.get("/health", responses={503: {"model": wire.Health}}, response_model=wire.Health)
     async def health() -> JSONResponse:
@@ -30,15 +39,37 @@ def router(jobs: Jobs) -> APIRouter:
         state = cast(Literal["loading", "ready", "unloaded", "failed"], jobs.worker.state)
         if state == "unloaded":
             state = "ready"
-        said = wire.Health(api=API, version=version("infilld"), state=state)
-        return JSONResponse(said.model_dump(), status_code=200 if state == "ready" else 503)
+        is_ready = state == "ready"
+        said = wire.Health(
+            api=API,
+            version=version("infilld"),
+            state=state,
+            status="ok" if is_ready else None,
+            error=None if is_ready else _NOT_READY[state],
+        )
+        content = said.model_dump(exclude_none=True)
+        return JSONResponse(content, status_code=200 if is_ready else 503)
 
     @routes.get("/v1/models")
     async def models() -> dict[str, object]:
-        """The loaded model, in the shape OpenAI clients expect."""
+        """The configured model, in the shapes that clients of OpenAI and of llama.cpp expect."""
         told = jobs.worker.describe()
-        entry = {"id": told["model"], "object": "model", "owned_by": "local", **told}
-        return {"object": "list", "data": [entry]}
+        known = facts(told)
+        entry = {
+            **told,
+            "id": known.name,
+            "object": "model",
+            "created": started,
+            "owned_by": "infilld",
+            "meta": {
+                "n_ctx_train": known.context_tokens,
+                "n_params": known.parameters,
+                "size": known.memory_bytes,
+            },
+        }
+        named = {"name": known.name, "model": known.name, "type": "model"}
+        listed = {**named, "capabilities": ["completion"], "details": {"family": FAMILY}}
+        return {"object": "list", "data": [entry], "models": [listed]}
 
     def told() -> dict[str, object]:
         failure = jobs.worker.failure

@@ -8,6 +8,7 @@ newer daemon. Offsets are code points of the request's text, ranges half-open `[
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 
 def _refuse_lone_surrogates(text: str) -> str:
@@ -76,35 +77,70 @@ class Pin(_Request):
     text: Text
 
 
-class InfillRequest(_Request):
-    """Body of `POST /v1/infill`.
+_GAP: JsonDict = {
+    "text": "def area(w, h):\n    return \n",
+    "spans": [{"start": 27, "end": 27}],
+    "path": "shapes.py",
+    "deadline_ms": 500,
+}
+_REWRITE: JsonDict = {
+    "text": "total = 0\nfor x in xs:\n    total += x\n",
+    "spans": [{"start": 0, "end": 38}],
+    "language": "python",
+    "instruction": "use sum",
+    "n": 2,
+    "stream": True,
+}
 
-    `repair` marks suspected text within the spans, whose other text is kept: null asks for no
-    repair, an empty list lets the model find what is suspicious. With `stream`, `show_tokens` has
-    every event show the canvas token by token.
-    """
+
+class InfillRequest(_Request):
+    """Body of `POST /v1/infill`."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_GAP, _REWRITE]})
 
     text: Text
+    """The document, or a window of it."""
     spans: list[Span]
+    """What may change; an empty range is a gap. No two share text."""
     document: Text | None = None
+    """Opaque key of the document: a newer request with the same key supersedes this one."""
     path: Text | None = None
+    """File name, for the prompt and the filters."""
     language: Text | None = None
+    """Language identifier, such as `python`; null: that of the path."""
     instruction: Text | None = None
+    """What to do with the selected text; not every model follows instructions."""
     context: Annotated[list[ContextItem], Field(max_length=MAX_CONTEXT_ITEMS)] | None = None
+    """Material from elsewhere; what helps is read, as far as there is room."""
     pins: list[Pin] | None = None
+    """Text that results must start or end with."""
     draft: list[Text | None] | None = None
+    """A text to start from for each span, null where there is none."""
     repair: Annotated[list[Span], Field(max_length=MAX_REPAIRS)] | None = None
+    """Suspected text within the spans, whose other text is kept; an empty list lets the model find
+    what is suspicious, null asks for no repair."""
     n: Count = 1
+    """How many different answers are wanted, up to 8."""
     min_tokens: TokenCount | None = None
+    """Fewest tokens of each fill."""
     max_tokens: TokenCount | None = None
+    """Most tokens of each fill; null: chosen from the kind of gap."""
     boldness: Boldness | None = None
+    """0 shows only what is nearly certain, 1 whatever is not broken; null: the model's own."""
     deadline_ms: Deadline | None = None
+    """Milliseconds from arrival after which what is certain is shown."""
     seed: Seed | None = None
+    """Of every random draw; null: drawn and returned."""
     stream: Flag = False
+    """Answer with events, one after every pass."""
     think: Flag = False
+    """Let the model reason before it writes."""
     warm: Flag = False
+    """Only encode the prompt; choices come back empty."""
     background: Flag = False
+    """Every other request goes first."""
     show_tokens: Flag = False
+    """With `stream`: every event shows the canvas token by token."""
 
 
 class SpanText(_Reply):
@@ -204,6 +240,10 @@ class Feedback(_Request):
     `retained`: what was inserted still stands later. The answer is an empty 204.
     """
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"id": "3f1c9b0a", "choice": 0, "event": "inserted"}]}
+    )
+
     id: Text
     choice: Place = 0
     event: Literal["shown", "inserted", "partly", "dismissed", "retained"]
@@ -224,9 +264,23 @@ class ErrorReply(_Reply):
     error: ErrorBody
 
 
+class LoadingError(_Reply):
+    """Why `/health` answers 503, in the words of llama.cpp."""
+
+    code: int
+    message: str
+    type: str
+
+
 class Health(_Reply):
-    """Reply of `GET /health`."""
+    """Reply of `GET /health`.
+
+    llama.cpp's clients look at `status`, which is there with a 200, and at `error`, which is there
+    with a 503.
+    """
 
     api: int
     version: str
     state: Literal["loading", "ready", "failed"]
+    status: Literal["ok"] | None = None
+    error: LoadingError | None = None
