@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from infilld.server import health, native, problems
+from infilld.server import health, native, openapi, problems
 from infilld.server.guard import BODY_LIMIT_BYTES, Guard
 from infilld.server.jobs import Jobs, Worker
 
@@ -43,6 +43,7 @@ def create_app(
     )
     app.state.jobs = jobs
     problems.install(app)
+    openapi.install(app)
     app.include_router(native.router(jobs))
     app.include_router(health.router(jobs))
     app.add_middleware(Guard, token=token, limit_bytes=body_limit_bytes)
