@@ -1,32 +1,25 @@
 """Owns the device and the loaded model; runs the live jobs on its own thread, round after round.
 
-    submit ──▶ Schedule ──admit──▶ _Run: engine.work(request) ──┐ one turn each: to the passes it
-                  ▲                  ▲                          │ wants, or to its result ──▶ future
+    submit ──▶ Schedule ──admit──▶ Run: engine.work(request) ──┐ one turn each: to the passes it
+                  ▲                  ▲                         │ wants, or to its result ──▶ future
       cancel, supersede, deadline    └── readings ── a shared pass ◀┘
 
-A round gives a turn to every job that has its readings, and to one of those that want none (one
-piece of a prompt is encoded in it), and then runs the passes that are wanted as one. Everything
-that ends a job early takes effect between two turns. A background job has its turns while no other
-job is open, or while one waits for an encoded prefix, which it may hold. The model is loaded on a
-thread of its own: whoever waits for it can still be cancelled.
-
-A deadline is the work's own matter once there is a canvas: it ends with what it has. Before that,
-in the queue and while a prompt is encoded, a clock on a third thread answers in time, whatever
-turn of whichever job is running.
+Turns and passes are `rounds.py`; the model comes and goes in `resident.py`; `clock.py` answers in
+time what has nothing to show. A background job has its turns while no other job is open, or while
+one waits for an encoded prefix, which it may hold.
 """
 
 import logging
-import statistics
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from infilld.engine.clock import Clock
+from infilld.engine.counts import Counts
 from infilld.engine.errors import (
     Busy,
     Cancelled,
@@ -35,19 +28,12 @@ from infilld.engine.errors import (
     ModelError,
     NotEnoughMemory,
 )
-from infilld.engine.infill import Hooks, Infiller
-from infilld.engine.loading import (
-    free_memory,
-    load_infiller,
-    pick_device,
-    starter_folder,
-    use_device,
-)
-from infilld.engine.passes import CanvasPass, Work
+from infilld.engine.loading import load_infiller, pick_device, starter_folder
 from infilld.engine.placement import NO_LIMITS, Limits
 from infilld.engine.prefetch import Answers
-from infilld.engine.reading import Reading
 from infilld.engine.request import InfillRequest, InfillResult, Reason
+from infilld.engine.resident import IdleUnload, Resident, State
+from infilld.engine.rounds import Rounds, Run
 from infilld.engine.scheduler import (
     MAX_LIVE,
     MAX_QUEUED,
@@ -56,7 +42,6 @@ from infilld.engine.scheduler import (
     Schedule,
     Struck,
     Superseded,
-    fitting,
 )
 
 __all__ = [
@@ -73,54 +58,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# Positions of a shared pass. On a CPU a canvas of 40 positions took 20.7 ms alone, 17.0 each where
-# four shared a pass, and 17.4 where eight did (starter, two busy cores): beyond these everybody
-# only waits longer. A GPU is not full so soon; its bound is not measured yet.
-MAX_CPU_ROUND_TOKENS = 256
-MAX_ROUND_TOKENS = 2048
-_TIMED_JOBS = 512
-# A model this small, or one on a CPU, is in nobody's way.
-_LARGE_BYTES = 1 << 30
-_IDLE_UNLOAD_S = 15 * 60.0
-
-State = Literal["loading", "ready", "unloaded", "failed"]
 Event = Literal["shown", "inserted", "partly", "dismissed", "retained"]
-IdleUnload = float | Literal["auto"]
-
-
-@dataclass(eq=False)
-class _Run:
-    """A live job and its work.
-
-    Attributes:
-        begun_at: `time.monotonic()` reading. served: number of its last turn or pass.
-        wanted: passes whose readings it waits for; empty: it wants none.
-        readings: of those passes, once they were run. has_canvas: some were run.
-    """
-
-    job: Job
-    work: Work[InfillResult]
-    begun_at: float
-    served: int = 0
-    has_begun: bool = False
-    has_canvas: bool = False
-    wanted: Sequence[CanvasPass] = ()
-    readings: Sequence[Reading] | None = None
-
-    @property
-    def positions(self) -> int:
-        """Positions of the passes it waits for."""
-        return sum(each.canvas.numel() for each in self.wanted)
-
-    def go_on(self) -> None:
-        """Run the work to the next passes it wants.
-
-        Raises:
-            StopIteration: it has ended, with its result.
-        """
-        readings, self.readings, self.wanted = self.readings or (), None, ()
-        was_begun, self.has_begun = self.has_begun, True
-        self.wanted = self.work.send(readings) if was_begun else next(self.work)
 
 
 class Worker:
@@ -144,34 +82,35 @@ class Worker:
         max_live: int = MAX_LIVE,
         limits: Limits = NO_LIMITS,
     ) -> None:
-        self.folder = starter_folder() if folder is None else folder
-        self.model_name = "starter" if folder is None else self.folder.name
-        self.state: State = "loading"
-        self.failure: InfilldError | None = None
-        self._device_wish, self._idle_wish = device, idle_unload_minutes
-        self._limits = limits
-        self._engine: Infiller | None = None
-        self._about: dict[str, object] = {}
-        self._schedule, self._answers = Schedule(max_live), Answers()
-        self._runs: list[_Run] = []
-        self._turns = self._round_tokens = 0
-        self._idle_s = self._idle_since = 0.0
         self._wake = threading.Condition()
+        self._schedule, self._answers, self._counts = Schedule(max_live), Answers(), Counts()
+        self._resident = Resident(
+            folder, device, limits, idle_unload_minutes, self._wake, self._lose
+        )
+        self._rounds = Rounds(self._schedule, self._wake, self._counts, self._ended)
         self._closing = False
-        self._loaded = threading.Event()
-        self._loader: threading.Thread | None = None
         self._thread = threading.Thread(target=self._work, name="infilld-worker", daemon=True)
-        self._clock = threading.Thread(target=self._keep_time, name="infilld-clock", daemon=True)
-        self._reasons: Counter[str] = Counter()
-        self._events: Counter[str] = Counter()
-        self._totals: Counter[str] = Counter()
-        self._job_ms: deque[float] = deque(maxlen=_TIMED_JOBS)
-        self._pass_ms: deque[float] = deque(maxlen=_TIMED_JOBS)
+        self._clock = Clock(self._schedule, self._rounds, self._wake, self._grace_s, self._strike)
+
+    @property
+    def state(self) -> State:
+        """`unloaded`: the next job waits until the model is loaded again."""
+        return self._resident.state
+
+    @property
+    def failure(self) -> InfilldError | None:
+        """Why the model could not be loaded."""
+        return self._resident.failure
+
+    @property
+    def model_name(self) -> str:
+        """Name of the checkpoint."""
+        return self._resident.name
 
     def start(self) -> None:
         """Begin to load; returns at once."""
         with self._wake:
-            self._load_soon()
+            self._resident.load_soon()
         self._thread.start()
         self._clock.start()
 
@@ -181,7 +120,7 @@ class Worker:
         Raises:
             InfilldError: why it could not be loaded; Loading: not within the time.
         """
-        if not self._loaded.wait(timeout_s):
+        if not self._resident.loaded.wait(timeout_s):
             raise Loading(f"{self.model_name} is still loading after {timeout_s:g} s")
         if self.failure is not None:
             raise self.failure.with_traceback(None)
@@ -226,7 +165,7 @@ class Worker:
         """
         with self._wake:
             self._answers.know(job_id, choice)
-            self._events[event] += 1
+            self._counts.events[event] += 1
         if event == "inserted":
             self.accepted(job_id, choice, chars)
 
@@ -244,16 +183,14 @@ class Worker:
                 superseded = self._schedule.add(Job(request, None, self._withdraw))
             except Busy:
                 return
-            self._totals["prefetches"] += 1
+            self._counts.totals["prefetches"] += 1
             self._wake.notify_all()
         for old in superseded:
             self._answer(old, _superseded(old))
 
     def describe(self) -> dict[str, object]:
         """What is loaded, for people and for `/v1/models`."""
-        told = {"model": self.model_name, "folder": str(self.folder), "state": self.state}
-        about = self._about
-        return told | about | ({} if self._engine is not None or not about else {"memory_bytes": 0})
+        return self._resident.describe()
 
     def stats(self) -> dict[str, object]:
         """Counts since the start and times of the last jobs, in ms.
@@ -264,41 +201,16 @@ class Worker:
         """
         with self._wake:
             queued, running = len(self._schedule.waiting), len(self._schedule.live)
-            times, totals = sorted(self._job_ms), Counter(self._totals)
-            pass_ms = statistics.median(self._pass_ms) if self._pass_ms else None
-            reasons, events = dict(self._reasons), dict(self._events)
-        centiles = statistics.quantiles(times, n=20) if len(times) > 1 else times * 19
-        counted = (
-            "passes",
-            "prompt_tokens",
-            "cached_tokens",
-            "background_jobs",
-            "prefetches",
-            "answered_at_once",
-            "loads",
-            "rounds",
-        )
-        rounds = totals["rounds"]
-        return {
-            "queued": queued,
-            "running": running,
-            "jobs": sum(reasons.values()),
-            "reasons": reasons,
-            "feedback": events,
-            **{name: totals[name] for name in counted},
-            "jobs_per_round": totals["shared"] / rounds if rounds else None,
-            "pass_p50_ms": pass_ms,
-            "p50_ms": centiles[9] if times else None,
-            "p95_ms": centiles[18] if times else None,
-        }
+            self._counts.totals["loads"] = self._resident.loads
+            return {"queued": queued, "running": running, **self._counts.report()}
 
     def close(self) -> None:
         """Stop after the running turn; every open job ends with Cancelled."""
         with self._wake:
             self._closing = True
             open_jobs = [*self._schedule.waiting, *self._schedule.live]
-            loader = self._loader
-            self._wake.notify_all()
+            loader = self._resident.loader
+            self._clock.stop()
         for job in open_jobs:
             job.cancel()
         for thread in (self._thread, self._clock, loader):
@@ -312,58 +224,13 @@ class Worker:
                 return
         self._answer(job, Cancelled("the client went away"))
 
-    # The model comes and goes.
-
-    def _load_soon(self) -> None:
-        """Begin to load, unless that has begun; with the lock held."""
-        if self._loader is None:
-            self._loader = threading.Thread(target=self._load, name="infilld-load", daemon=True)
-            self._loader.start()
-
-    def _load(self) -> None:
-        error: InfilldError | None = None
-        engine: Infiller | None = None
-        try:
-            engine = load_infiller(self.folder, self._device_wish, self._limits)
-        except InfilldError as found:
-            error = found
-        except Exception as found:
-            log.exception("loading %s failed", self.folder)
-            error = ModelError(f"{self.folder}: {type(found).__name__}: {found}")
-        if engine is not None:
-            self._about = _about(engine)
-            is_cpu = engine.model.device.type == "cpu"
-            self._round_tokens = MAX_CPU_ROUND_TOKENS if is_cpu else MAX_ROUND_TOKENS
-            self._idle_s = _idle_s(engine, self._idle_wish)
-        jobs: Sequence[Job] = ()
-        with self._wake:
-            self._loader = None
-            self._idle_since = time.monotonic()
-            if engine is not None:
-                self._engine, self.state = engine, "ready"
-                self._totals["loads"] += 1
-            elif self.state == "unloaded":
-                # It was loaded once: what is in the way, memory say, may be gone next time.
-                jobs = self._schedule.clear()
-            else:
-                self.failure, self.state = error, "failed"
-            self._wake.notify_all()
-        for job in jobs:
-            self._answer(job, error or ModelError("not loaded"))
-        self._loaded.set()
-
-    def _unload(self) -> None:
-        """Drop the model; with the lock held, and no job open."""
-        log.info("%s is unloaded after %g s without a request", self.model_name, self._idle_s)
-        self._engine, self.state = None, "unloaded"
-        free_memory()
-
     # The thread.
 
     def _work(self) -> None:
         try:
             while self._wait():
-                self._round()
+                if self._resident.engine is not None:
+                    self._rounds.round(self._resident.engine)
         except BaseException as error:
             # Nobody may wait for a thread that is gone.
             log.exception("the worker's thread died")
@@ -371,7 +238,12 @@ class Worker:
 
     def _fail(self, error: InfilldError) -> None:
         with self._wake:
-            self.failure, self.state = error, "failed"
+            self._resident.failure, self._resident.state = error, "failed"
+        self._lose(error)
+
+    def _lose(self, error: InfilldError) -> None:
+        """Answer all who wait for a model that does not come."""
+        with self._wake:
             open_jobs = self._schedule.clear()
         for job in open_jobs:
             self._answer(job, error)
@@ -379,151 +251,42 @@ class Worker:
     def _wait(self) -> bool:
         """Wait for work; False: there will be none."""
         while True:
-            self._sweep()
+            self._rounds.sweep()
             with self._wake:
                 if self.failure is not None:
+                    self._clock.stop()
                     return False
                 if self._closing and not self._schedule.live:
                     return False
-                if self._engine is not None:
-                    begun = self._schedule.admit()
-                    self._runs += [self._begun(self._engine, job) for job in begun]
+                engine = self._resident.engine
+                if engine is not None:
+                    for job in self._schedule.admit():
+                        self._rounds.begin(engine, job)
                     if self._schedule.turn():
                         return True
                 elif self._schedule.waiting:
-                    self._load_soon()
-                wait_s = None
-                if self._engine is not None and self._idle_s and not self._runs:
-                    wait_s = self._idle_since + self._idle_s - time.monotonic()
-                    if wait_s <= 0:
-                        self._unload()
-                        continue
-                self._wake.wait(wait_s)
+                    self._resident.load_soon()
+                del engine
+                left_s = None if self._rounds.runs else self._resident.idle_left_s()
+                if left_s is not None and left_s <= 0:
+                    self._resident.unload()
+                    continue
+                self._wake.wait(left_s)
 
-    def _begun(self, engine: Infiller, job: Job) -> _Run:
-        hooks = Hooks(on_canvas=job.on_canvas, check=job.check, deadline_at=job.deadline_at)
-        return _Run(job, engine.work(job.request, hooks), time.monotonic(), served=self._turns)
-
-    def _sweep(self) -> None:
-        """End what is not wanted any more."""
-        for run in tuple(self._runs):
-            try:
-                run.job.check()
-            except (Cancelled, Superseded, Struck) as unwanted:
-                self._end(run, unwanted)
-
-    def _round(self) -> None:
-        """A turn for those that can go on, then a pass for those that want one."""
-        if self._engine is not None:
-            use_device(self._engine.model.device)
-        for run in self._next_turns():
-            self._sweep()
-            if run in self._runs:
-                self._step(run)
-        jobs = self._on_turn()
-        wanting = sorted((run for run in self._runs if run.job in jobs), key=_by_service)
-        wanted = [(run, run.positions) for run in wanting if run.wanted and run.readings is None]
-        self._share(fitting(wanted, self._round_tokens))
-
-    def _on_turn(self) -> Sequence[Job]:
+    def _ended(self, run: Run, outcome: InfillResult | BaseException) -> None:
         with self._wake:
-            if self._engine is not None and self._engine.awaits_prefix:
-                # A suspended job may hold what another waits for: it goes on, and gives it back.
-                return self._schedule.live
-            return self._schedule.turn()
-
-    def _next_turns(self) -> list[_Run]:
-        """Who goes on: all that have their readings, the most urgent first, and one other."""
-        jobs = self._on_turn()
-        runs = [run for run in self._runs if run.job in jobs]
-        passed = [run for run in runs if run.readings is not None]
-        others = sorted((run for run in runs if not run.wanted), key=_by_service)
-        return [*sorted(passed, key=_by_deadline), *others[:1]]
-
-    def _step(self, run: _Run) -> None:
-        """One turn; whatever goes wrong is the job's answer, never the thread's end."""
-        run.served = self._turns = self._turns + 1
-        try:
-            run.go_on()
-        except StopIteration as end:
-            self._end(run, end.value)
-        except Exception as error:
-            self._end(run, error)
-
-    def _share(self, runs: Sequence[_Run]) -> None:
-        """Run the passes of several jobs as one; where that fails, each alone, once."""
-        if not runs or self._engine is None:
-            return
-        with self._wake:
-            self._totals["rounds"] += 1
-            self._totals["shared"] += len(runs)
-        model = self._engine.model
-        for run in runs:
-            run.served = self._turns = self._turns + 1
-        began = time.monotonic()
-        try:
-            all_readings = iter(model.run([p for run in runs for p in run.wanted]))
-            for run in runs:
-                run.readings = [next(all_readings) for _ in run.wanted]
-                run.has_canvas = True
-            if model.device.type == "cpu":
-                # A GPU was only told to begin.
-                self._pass_ms.append(1e3 * (time.monotonic() - began))
-            return
-        except Exception as error:
-            if len(runs) > 1:
-                log.warning("a shared pass failed (%s); its jobs go on alone", error)
-        free_memory()
-        for run in runs:
-            try:
-                run.readings = model.run(run.wanted)
-                run.has_canvas = True
-            except Exception as error:
-                self._end(run, error)
-
-    def _end(self, run: _Run, outcome: InfillResult | BaseException) -> None:
-        """Close a job's work and answer it."""
-        run.work.close()
-        with self._wake:
-            self._runs.remove(run)
-            self._schedule.remove(run.job)
-            self._idle_since = time.monotonic()
+            self._resident.used()
         self._answer(run.job, _settled(run, outcome))
 
-    # The clock.
+    # The answers.
 
-    def _keep_time(self) -> None:
-        """Answer jobs whose deadline strikes while they have nothing to show."""
-        while True:
-            with self._wake:
-                if self.failure is not None or self._closing:
-                    return
-                now = time.monotonic()
-                late = self._schedule.expired(now)
-                begun = {
-                    run.job: run.job.deadline_at + self._grace_s
-                    for run in self._runs
-                    if run.job.deadline_at is not None
-                    and not (run.has_canvas or run.job.is_answered)
-                }
-                for job in [job for job, at in begun.items() if at <= now]:
-                    del begun[job]
-                    job.strike()
-                    late.append(job)
-                waiting = [job.deadline_at for job in self._schedule.waiting]
-                moments = [at for at in (*waiting, *begun.values()) if at is not None]
-                if not late:
-                    self._wake.wait(min(moments) - now if moments else None)
-            for job in late:
-                why = "The deadline struck before the first pass."
-                self._answer(job, _nothing(job, "deadline", why))
-
-    @property
     def _grace_s(self) -> float:
         """How late an answer may be that is about to come: half a pass."""
-        return 0.0 if self._engine is None else self._engine.pace.pass_s / 2
+        engine = self._resident.engine
+        return 0.0 if engine is None else engine.pace.pass_s / 2
 
-    # The answers.
+    def _strike(self, job: Job) -> None:
+        self._answer(job, _nothing(job, "deadline", "The deadline struck before the first pass."))
 
     def _answer(self, job: Job, outcome: InfillResult | BaseException) -> None:
         """Resolve a job, unless it was answered already."""
@@ -531,40 +294,20 @@ class Worker:
             if job.is_answered:
                 return
             job.is_answered = True
-        if isinstance(outcome, InfillResult):
-            with self._wake:
+            if isinstance(outcome, InfillResult):
                 if not job.request.background and outcome.reason != "superseded":
                     self._answers.keep(job.request, outcome)
-            self._count(job, outcome.reason, outcome)
+                self._counts.ended(job.request, outcome.reason, outcome)
+            else:
+                told = outcome if isinstance(outcome, InfilldError) else InfilldError
+                self._counts.ended(job.request, told.code, None)
+        if isinstance(outcome, InfillResult):
             job.future.set_result(outcome)
-            return
-        self._count(job, outcome.code if isinstance(outcome, InfilldError) else InfilldError.code)
-        job.future.set_exception(outcome)
-
-    def _count(self, job: Job, reason: str, result: InfillResult | None = None) -> None:
-        with self._wake:
-            self._reasons[reason] += 1
-            self._totals["background_jobs"] += job.request.background
-            if result is None or result.reason == "superseded":
-                return
-            for name in ("passes", "prompt_tokens", "cached_tokens"):
-                self._totals[name] += getattr(result.usage, name)
-            if not job.request.background:
-                self._job_ms.append(result.timings.total_ms)
-                is_at_once = bool(result.alternatives) and result.usage.passes == 0
-                self._totals["answered_at_once"] += is_at_once
+        else:
+            job.future.set_exception(outcome)
 
 
-def _by_service(run: _Run) -> int:
-    return run.served
-
-
-def _by_deadline(run: _Run) -> float:
-    at = run.job.deadline_at
-    return float("inf") if at is None else at
-
-
-def _settled(run: _Run, outcome: InfillResult | BaseException) -> InfillResult | BaseException:
+def _settled(run: Run, outcome: InfillResult | BaseException) -> InfillResult | BaseException:
     """The answer of a job that has run."""
     job = run.job
     if isinstance(outcome, InfillResult):
@@ -591,23 +334,3 @@ def _nothing(job: Job, reason: Reason, why: str) -> InfillResult:
 
 def _superseded(job: Job) -> InfillResult:
     return _nothing(job, "superseded", "A newer request for the same document took over.")
-
-
-def _about(engine: Infiller) -> dict[str, object]:
-    model = engine.model
-    return {
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": model.parameter_count,
-        "memory_bytes": model.nbytes,
-        "canvas_tokens": model.config.canvas_tokens,
-        "prompt_tokens": engine.prompt_tokens,
-    }
-
-
-def _idle_s(engine: Infiller, wish: IdleUnload) -> float:
-    """Seconds after which an idle model is dropped; 0: never."""
-    if wish != "auto":
-        return 60.0 * wish
-    is_large = engine.model.device.type != "cpu" and engine.model.nbytes >= _LARGE_BYTES
-    return _IDLE_UNLOAD_S if is_large else 0.0

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 from tiny_infill import tiny_infiller
 
-from infilld.engine import load
-from infilld.engine import worker as worker_module
+from infilld.engine import load, resident
 from infilld.engine.load import format_load, run_load
 
 
 def test_every_number_of_clients_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "load_infiller", lambda *wishes: tiny_infiller())
+    monkeypatch.setattr(resident, "load_infiller", lambda *wishes: tiny_infiller())
     monkeypatch.setattr(load, "CLIENTS", (1, 3))
     report = run_load(Path("tiny"), seconds=0.05)
     throughput, deadlines = report["throughput"], report["deadlines"]

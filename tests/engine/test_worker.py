@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_infill import tiny_config, tiny_infiller, tiny_model
 
-from infilld.engine import worker as worker_module
+from infilld.engine import resident
 from infilld.engine.errors import (
     Busy,
     Cancelled,
@@ -56,7 +56,7 @@ def request(document: str | None = None, **fields: object) -> InfillRequest:
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
-    monkeypatch.setattr(worker_module, "load_infiller", lambda *wishes: tiny_infiller())
+    monkeypatch.setattr(resident, "load_infiller", lambda *wishes: tiny_infiller())
     made = Worker(Path("tiny"))
     made.start()
     made.wait_ready(WAIT_S)
@@ -169,7 +169,7 @@ def test_no_job_waits_for_a_thread_that_is_gone(
     def broken(*_: object) -> None:
         raise SystemError("no more")
 
-    monkeypatch.setattr(worker, "_step", broken)
+    monkeypatch.setattr(worker._rounds, "_step", broken)
     job = worker.submit(request())
     with pytest.raises(ModelError, match="broke"):
         job.future.result(WAIT_S)
@@ -257,7 +257,7 @@ def test_devices_are_checked() -> None:
 
 
 def engine_of(worker: Worker) -> Infiller:
-    engine = worker._engine
+    engine = worker._resident.engine
     assert engine is not None
     return engine
 
@@ -321,7 +321,7 @@ def test_live_jobs_share_their_passes_and_get_what_they_would_alone(
 
 
 def test_what_does_not_fit_waits_a_round(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "_round_tokens", 1)
+    monkeypatch.setattr("infilld.engine.rounds.MAX_CPU_ROUND_TOKENS", 1)
     requests = [gap_behind(text) for text in other_texts(3)]
     passes = Passes(worker, monkeypatch)
     assert all(each.reason in ("ok", "empty") for each in held(worker, *requests))
@@ -587,8 +587,8 @@ class Loads:
         self.open.set()
         self.failure: Exception | None = None
         self.count = 0
-        monkeypatch.setattr(worker_module, "load_infiller", self)
-        monkeypatch.setattr(worker_module, "free_memory", self.free)
+        monkeypatch.setattr(resident, "load_infiller", self)
+        monkeypatch.setattr(resident, "free_memory", self.free)
 
     def __call__(self, folder: Path, device: str, limits: Limits) -> Infiller:
         self.begun.set()
@@ -629,7 +629,7 @@ def test_an_idle_model_is_dropped_and_loaded_again(loads: Loads) -> None:
     worker.wait_ready(WAIT_S)
     job = worker.submit(request())
     first = job.future.result(WAIT_S)
-    engine = worker._engine
+    engine = worker._resident.engine
     model = None if engine is None else weakref.ref(engine.model)
     del engine
     assert loads.freed.wait(WAIT_S)
@@ -694,7 +694,7 @@ def test_a_model_that_cannot_be_loaded_again_is_tried_at_the_next_request(
 def test_only_large_models_of_a_gpu_are_dropped_unless_told() -> None:
     def after_s(device: str, gib: float, wish: Any) -> float:
         model = SimpleNamespace(device=torch.device(device), nbytes=int(gib * 2**30))
-        return worker_module._idle_s(SimpleNamespace(model=model), wish)  # type: ignore[arg-type]
+        return resident._idle_s(SimpleNamespace(model=model), wish)  # type: ignore[arg-type]
 
     assert after_s("cpu", 40, "auto") == after_s("cuda", 0.9, "auto") == 0
     assert after_s("cuda", 1, "auto") == 15 * 60

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from live_server import serving
 from tiny_infill import tiny_infiller
 
-from infilld.engine import worker as worker_module
+from infilld.engine import resident
 from infilld.engine.worker import Worker
 from infilld.server import wire
 from infilld.server.client import Client, ServerProblem
@@ -24,7 +24,7 @@ TEXTS = st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker_module, "load_infiller", lambda *wishes: tiny_infiller())
+        patch.setattr(resident, "load_infiller", lambda *wishes: tiny_infiller())
         wanted = Settings(state_dir=tmp_path_factory.mktemp("real") / "state", port=0)
         with (
             serving(wanted, Worker(Path("tiny"))) as found,
