@@ -11,12 +11,12 @@ Nothing a user wrote is read for control tokens: the template is rendered around
 its own text alone is.
 """
 
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from infilld.engine.errors import CheckpointMismatch, ContextTooLong, RequestError, Unsupported
+from infilld.engine.fences import TITLES, fence_for, marks_for, tag_of
 from infilld.engine.lines import unix
 from infilld.engine.packing import Chunk, Packed, Packer, one_line, ranked
 from infilld.engine.prompt import EOS, PAD, InfillPrompt, PromptParts, refuse_long
@@ -154,8 +154,8 @@ class _Page:
     ) -> None:
         self._packer, self._parts, self._budget = packer, parts, budget_tokens
         self.frame = frame
-        self.fence = _fence(parts.prefix, parts.selection, parts.suffix)
-        self._header = f"{self.fence}{_tag(parts)}\n"
+        self.fence = fence_for(parts.prefix, parts.selection, parts.suffix)
+        self._header = f"{self.fence}{tag_of(parts.path, parts.language)}\n"
         self.opening = packer.encode(self._header)
         self._named = f" of {one_line(parts.path)}" if parts.path else ""
 
@@ -222,43 +222,17 @@ class _Page:
         wanted = self._parts.instruction is not None
         for number, context in ranked(self._parts.context, diagnostics=wanted):
             text = unix(context.text).strip("\n") + "\n"
-            fence = _fence(text)
+            fence = fence_for(text)
             title = one_line(context.path) or "elsewhere"
-            head = f"\n{_TITLES[context.kind].format(title)}:\n{fence}\n"
+            head = f"\n{TITLES[context.kind].format(title)}:\n{fence}\n"
             chunks.append(Chunk(number, head, text, f"{fence}\n"))
         return self._packer.pack(self._parts.prefix, chunks, room, _PREFIX_TOKENS)
 
     def _marks(self) -> tuple[str, str]:
         """Texts that mark a place in the document and do not occur in it."""
         parts = self._parts
-        document = parts.prefix + parts.selection + parts.suffix
-        name, count = "selection" if parts.instruction is not None else "gap", 1
-        while f"<{name}>" in document or f"</{name}>" in document:
-            count += 1
-            name = f"{name.partition('-')[0]}-{count}"
-        return f"<{name}>", f"</{name}>"
-
-
-_TITLES = {
-    "open": "From {}",
-    "recent": "Edited before, in {}",
-    "definition": "Defined in {}",
-    "diagnostic": "Reported for {}",
-    "clipboard": "Copied from {}",
-}
-
-
-def _fence(*texts: str) -> str:
-    """Backticks that close no earlier than they should."""
-    runs = (len(run) for text in texts for run in re.findall("`{3,}", text))
-    return "`" * (max(runs, default=2) + 1)
-
-
-def _tag(parts: PromptParts) -> str:
-    """Word behind a fence: the language, else the ending of the path."""
-    ending = (parts.path or "").rpartition(".")[2] if "." in (parts.path or "") else ""
-    word = parts.language or ending
-    return word if re.fullmatch(r"[\w+#.-]{1,32}", word) else ""
+        name = "selection" if parts.instruction is not None else "gap"
+        return marks_for(name, parts.prefix + parts.selection + parts.suffix)
 
 
 def _last_lines(prefix: str) -> str:

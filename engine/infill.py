@@ -18,9 +18,9 @@ from infilld.engine.filling import Choice, Filling, GapResult, Watch
 from infilld.engine.follow import Followed, Memory, State
 from infilld.engine.languages import STARTER_LANGUAGE, language_of
 from infilld.engine.layout import layout_of
-from infilld.engine.lines import line_end, unix
+from infilld.engine.lines import unix
 from infilld.engine.pace import Pace
-from infilld.engine.passages import Passage, Target, passage_of, targets_of
+from infilld.engine.passages import Passage, Target, composed, passage_of, targets_of
 from infilld.engine.passes import CanvasModel, Work, drive, together
 from infilld.engine.plan import CanvasPlan, FillMethod, Planner
 from infilld.engine.prefixes import PrefixPool
@@ -480,29 +480,6 @@ def _can_follow(request: InfillRequest, passage: Passage) -> bool:
     (target, *others) = passage.targets
     is_plain = request.instruction is None and request.repair is None
     return is_plain and not others and len(request.spans) == 1 and not target.selection
-
-
-def composed(
-    request: InfillRequest, number: int, pieces: Sequence[tuple[Target, str | None]]
-) -> str:
-    """New text of a span: of each piece the text with the pins around it, and all else as it is.
-
-    Args:
-        request: the span is of. number: of the span.
-        pieces: targets in the span, in order, with their texts; None: it stays as it is.
-    """
-    span, parts = request.spans[number], []
-    at = span.start
-    for target, text in pieces:
-        parts.append(request.text[at : target.span.start])
-        if text is None:
-            parts.append(request.text[target.span.start : target.span.end])
-        else:
-            newline = line_end(request.text, target.span.start)
-            parts.append(unix(target.start + text + target.end).replace("\n", newline))
-        at = target.span.end
-    parts.append(request.text[at : span.end])
-    return "".join(parts)
 
 
 def _with_choices(

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from infilld.engine.lines import unix
+from infilld.engine.lines import line_end, unix
 from infilld.engine.request import InfillRequest, Span
 
 
@@ -105,3 +105,26 @@ def passage_of(text: str, targets: Sequence[Target]) -> Passage:
         between=between,
         after=last.end + unix(text[last.span.end :]),
     )
+
+
+def composed(
+    request: InfillRequest, number: int, pieces: Sequence[tuple[Target, str | None]]
+) -> str:
+    """New text of a span: of each piece the text with the pins around it, and all else as it is.
+
+    Args:
+        request: the span is of. number: of the span.
+        pieces: targets in the span, in order, with their texts; None: it stays as it is.
+    """
+    span, parts = request.spans[number], []
+    at = span.start
+    for target, text in pieces:
+        parts.append(request.text[at : target.span.start])
+        if text is None:
+            parts.append(request.text[target.span.start : target.span.end])
+        else:
+            newline = line_end(request.text, target.span.start)
+            parts.append(unix(target.start + text + target.end).replace("\n", newline))
+        at = target.span.end
+    parts.append(request.text[at : span.end])
+    return "".join(parts)

@@ -93,10 +93,12 @@ class Schedule:
 
     Args:
         max_live: interactive jobs that run side by side.
+        max_queued: jobs that may wait, of the background and others each.
     """
 
-    def __init__(self, max_live: int = MAX_LIVE) -> None:
+    def __init__(self, max_live: int = MAX_LIVE, max_queued: int = MAX_QUEUED) -> None:
         self._most = ((False, max_live), (True, MAX_LIVE_BACKGROUND))
+        self._max_queued = max_queued
         self._waiting: list[Job] = []
         self._live: list[Job] = []
 
@@ -135,7 +137,7 @@ class Schedule:
             for other in self._waiting
             if other.request.background == request.background and other not in older
         ]
-        if len(alike) >= MAX_QUEUED:
+        if len(alike) >= self._max_queued:
             raise Busy(f"{len(alike)} requests are waiting")
         superseded = [other for other in older if other in self._waiting]
         for other in older:
@@ -201,7 +203,7 @@ class Schedule:
         for is_background, most in self._most:
             waiting = [job for job in self._waiting if job.request.background == is_background]
             live = [job for job in self._live if job.request.background == is_background]
-            assert len(waiting) <= MAX_QUEUED, "the queue is bounded"
+            assert len(waiting) <= self._max_queued, "the queue is bounded"
             assert len(live) <= most, "the live jobs are bounded"
             named = [job.request.document for job in waiting if job.request.document is not None]
             assert len(set(named)) == len(named), "one waiting job a document"

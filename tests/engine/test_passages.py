@@ -3,8 +3,7 @@
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from infilld.engine.infill import composed
-from infilld.engine.passages import passage_of, targets_of
+from infilld.engine.passages import composed, passage_of, targets_of
 from infilld.engine.request import InfillRequest, Pin, Span
 
 TEXT = "one two\r\nthree four\r\nfive"
