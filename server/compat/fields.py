@@ -1,0 +1,50 @@
+"""Types of the fields that clients of other servers send.
+
+Unknown keys are ignored, every optional key may be null, and a count may be written 1 or 1.0.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from infilld.server.wire import Text
+
+
+class Body(BaseModel):
+    """A request's body."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError("expected a whole number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError("expected a number")
+    # Nothing is computed with it: no float has room for every int.
+    return value if isinstance(value, float) else float(max(min(value, 1 << 62), -(1 << 62)))
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+"""A count of any size and sign."""
+Number = Annotated[float, BeforeValidator(_number)]
+Flag = Annotated[bool, Field(strict=True)]
+Stop = Text | list[Text]
+"""One text or several before which an answer ends."""
+
+
+def stops(stop: Stop | None) -> tuple[str, ...]:
+    """The texts before which an answer ends; an empty one ends nothing."""
+    texts = [stop] if isinstance(stop, str) else stop or []
+    return tuple(text for text in texts if text)
+
+
+def seed_of(number: int | None) -> int | None:
+    """A seed the engine takes, for any number; negative ones ask for a drawn seed."""
+    return None if number is None or number < 0 else number % 2**63
