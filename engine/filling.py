@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from infilld.engine.canvas import CanvasLayout, Draft, Gap, read_gap
+from infilld.engine.choices import Choice, GapResult
 from infilld.engine.config import SamplerConfig
 from infilld.engine.draft import DraftReader
 from infilld.engine.draws import SeededDraws
@@ -49,30 +50,6 @@ _SHORTER = 2
 _STAYS = 0.8
 
 _UNCALIBRATED = Calibration(weights={}, bias=0.0, show_above=0.0)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A text for a target, with LF line ends: how likely it is right, and its score, nats."""
-
-    text: str
-    confidence: float
-    score: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class GapResult:
-    """What came out for one target.
-
-    Attributes:
-        choices: the best first; none: `reason` and `why` say why.
-        texts: every text that was judged, the best first.
-    """
-
-    choices: tuple[Choice, ...]
-    reason: Reason
-    why: str
-    texts: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

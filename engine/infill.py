@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from infilld.engine.choices import GapResult, with_choices
 from infilld.engine.config import SamplerConfig
 from infilld.engine.errors import GapTooLong, UnknownOption
-from infilld.engine.filling import Choice, Filling, GapResult, Watch
+from infilld.engine.filling import Filling, Watch
 from infilld.engine.follow import Followed, Memory, State
 from infilld.engine.languages import STARTER_LANGUAGE, language_of
 from infilld.engine.layout import layout_of
@@ -28,14 +29,11 @@ from infilld.engine.prompt import Controls, PromptLayout
 from infilld.engine.ranking import Calibration, Weighed
 from infilld.engine.repair import doubted, pointed_at
 from infilld.engine.request import (
-    Alternative,
     CanvasUpdate,
     DraftSpan,
     InfillRequest,
     InfillResult,
-    Reason,
     Span,
-    SpanFill,
     Timings,
     Usage,
 )
@@ -272,7 +270,7 @@ class Infiller:
         )
         results = [one for each in filled for one in each.results]
         ordered = [*short, *(piece for target in long for piece in long[target])]
-        return replace(_with_choices(job.request, result, ordered, results), usage=usage)
+        return replace(with_choices(job.request, result, ordered, results), usage=usage)
 
     def _pieces(self, job: _Job, target: Target) -> list[Target]:
         """A selection that is too long for a canvas, in pieces of whole lines."""
@@ -480,57 +478,6 @@ def _can_follow(request: InfillRequest, passage: Passage) -> bool:
     (target, *others) = passage.targets
     is_plain = request.instruction is None and request.repair is None
     return is_plain and not others and len(request.spans) == 1 and not target.selection
-
-
-def _with_choices(
-    request: InfillRequest,
-    result: InfillResult,
-    targets: Sequence[Target],
-    results: Sequence[GapResult],
-) -> InfillResult:
-    """The result with the choices of all targets put together."""
-    silent = [each for each in results if not each.choices]
-    if len(silent) == len(results):
-        return replace(result, reason=silent[0].reason, why=silent[0].why)
-    pairs = sorted(zip(targets, results, strict=True), key=lambda pair: pair[0].span.start)
-    alternatives: dict[tuple[str, ...], Alternative] = {}
-    for rank in range(max(len(each.choices) for each in results)):
-        spans: list[SpanFill] = []
-        scores: list[float] = []
-        for number, span in enumerate(request.spans):
-            pieces: list[tuple[Target, str | None]] = []
-            confidences: list[float] = []
-            for target, each in pairs:
-                if target.number == number:
-                    choice = _ranked(each, rank)
-                    is_pinned = bool(target.start or target.end)
-                    stays = target.selection if is_pinned else None
-                    pieces.append((target, stays if choice is None else choice.text))
-                    if choice is not None:
-                        confidences.append(choice.confidence)
-                        scores.append(choice.score)
-            text = composed(request, number, pieces)
-            # A span of several pieces is as likely as the worst of them; one that stays is none.
-            spans.append(SpanFill(span.start, span.end, text, min(confidences, default=0.0)))
-        key = tuple(span.text for span in spans)
-        alternatives.setdefault(key, Alternative(tuple(spans), sum(scores) / len(scores)))
-    why = ""
-    if silent:
-        why = f"{len(silent)} of {len(results)} places stay as they are: {silent[0].why}"
-    reason: Reason = "ok"
-    return replace(
-        result,
-        alternatives=tuple(alternatives.values())[: request.alternatives],
-        reason=reason,
-        why=why,
-    )
-
-
-def _ranked(result: GapResult, rank: int) -> Choice | None:
-    """The choice of a rank, or the last one there is; None where there is none."""
-    if not result.choices:
-        return None
-    return result.choices[min(rank, len(result.choices) - 1)]
 
 
 def _sum(costs: Sequence[Usage]) -> Usage:
