@@ -25,7 +25,7 @@ from infilld.engine.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from infilld.engine.chat import ChatTemplate
 
-THOUGHT_END = "<channel|>"
+THOUGHT_START, THOUGHT_END = "<|channel>", "<channel|>"
 
 # Stands for the user's text while the template is rendered: private characters, no blanks.
 _STAND_IN = "\uf8ffuser\uf8ff"
@@ -67,6 +67,9 @@ class _Frame:
 class ChatLayout:
     """The layout of a chat template, with an answer that has begun.
 
+    Attributes:
+        template: of the checkpoint. ends: tokens that end an answer.
+
     Raises:
         CheckpointMismatch: the template does not show the user's text once, or ends no turn.
     """
@@ -75,13 +78,13 @@ class ChatLayout:
     follows_instructions = True
 
     def __init__(self, tokenizer: Tokenizer, template: "ChatTemplate") -> None:
-        self._tokenizer, self._template = tokenizer, template
+        self._tokenizer, self.template = tokenizer, template
         self._packer = Packer(tokenizer)
         self._frame = lru_cache(2)(self._framed)
         turn_end = self._frame(False).turn_end
         ends = [turn_end, tokenizer.control(EOS), tokenizer.control(PAD)]
-        self._ends = tuple(dict.fromkeys(end for end in ends if end is not None))
-        self._banned = tuple(sorted(tokenizer.control_ids - set(self._ends)))
+        self.ends = tuple(dict.fromkeys(end for end in ends if end is not None))
+        self._banned = tuple(sorted(tokenizer.control_ids - set(self.ends)))
 
     def write(self, parts: PromptParts, budget_tokens: int) -> InfillPrompt:
         """As `PromptLayout.write`."""
@@ -109,7 +112,7 @@ class ChatLayout:
             answer_at=len(ids),
             thought_ends=thought_ends,
             # Single backticks are code: a fence of several tokens is known by its text alone.
-            ends=(*self._ends, *fence) if len(fence) == 1 else self._ends,
+            ends=(*self.ends, *fence) if len(fence) == 1 else self.ends,
             closing=page.fence,
             banned=self._banned,
             used=written.used,
@@ -118,7 +121,7 @@ class ChatLayout:
     def _framed(self, think: bool) -> _Frame:
         messages = [{"role": "user", "content": _STAND_IN}]
         try:
-            text = self._template.render(messages, enable_thinking=think)
+            text = self.template.render(messages, enable_thinking=think)
         except RequestError as error:
             raise CheckpointMismatch(f"no infill can be asked in this template: {error}") from None
         before, *after = text.split(_STAND_IN)

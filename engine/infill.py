@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, replace
 
 from infilld.engine.choices import GapResult, with_choices
 from infilld.engine.config import SamplerConfig
+from infilld.engine.conversation import ChatRequest, ChatResult
 from infilld.engine.errors import GapTooLong, UnknownOption
 from infilld.engine.filling import Filling, Watch
 from infilld.engine.follow import Followed, Memory, State
+from infilld.engine.generation import Converser
 from infilld.engine.languages import STARTER_LANGUAGE, language_of
 from infilld.engine.layout import layout_of
 from infilld.engine.lines import unix
@@ -182,6 +184,7 @@ class Infiller:
         self.controls = Controls.of(tokenizer)
         self.pace = Pace()
         self._prefixes = PrefixPool(model)
+        self._converser = Converser(model, tokenizer, sampler, self.layout, self._prefixes)
         self._memory = Memory()
         self._planner = Planner(
             tokenizer, self.layout, model.config, self.prompt_tokens, self.method
@@ -225,6 +228,10 @@ class Infiller:
             total_ms=1e3 * total,
         )
         return replace(result, timings=timings)
+
+    def conversing(self, request: ChatRequest, hooks: Hooks) -> Work[ChatResult]:
+        """Write the next turn of a conversation; see `Converser.work`."""
+        return self._converser.work(request, hooks)
 
     def forget(self) -> None:
         """Drop every encoded prefix, and what was computed for documents."""
