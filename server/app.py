@@ -2,25 +2,31 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
 
 from infilld.server import health, native, openapi, problems
-from infilld.server.guard import BODY_LIMIT_BYTES, Guard
+from infilld.server.bodies import Limits
+from infilld.server.guard import Guard
 from infilld.server.jobs import Jobs, Worker
+from infilld.server.token import TokenFile
 
 CLOSE_WAIT_S = 5.0
 
 
 def create_app(
-    worker: Worker, *, token: str | None, body_limit_bytes: int = BODY_LIMIT_BYTES
+    worker: Worker,
+    *,
+    token: TokenFile | str | None,
+    allowed_hosts: Collection[str] = (),
+    limits: Limits | None = None,
 ) -> FastAPI:
     """The application over a worker, which it starts and closes.
 
-    `token` is what clients must send; None asks for none. `app.state.jobs` are the live jobs.
+    `token`, `allowed_hosts` and `limits` are those of `Guard`. `app.state.jobs` are the live jobs.
     """
     jobs = Jobs(worker)
 
@@ -46,7 +52,7 @@ def create_app(
     openapi.install(app)
     app.include_router(native.router(jobs))
     app.include_router(health.router(jobs))
-    app.add_middleware(Guard, token=token, limit_bytes=body_limit_bytes)
+    app.add_middleware(Guard, token=token, allowed_hosts=allowed_hosts, limits=limits)
     return app
 
 

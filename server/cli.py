@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from infilld.server import discovery, evaluate, fill, models, settings, train
+from infilld.server import discovery, evaluate, fill, models, settings, token, train
 from infilld.server.client import Client, ServerProblem
 from infilld.server.document import PositionProblem
 from infilld.server.flags import MANY, whole
@@ -63,6 +63,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     fill.add_flags(verb("fill", fill.run, "fill gaps, rewrite or repair selections"))
     verb("serve", _serve, "run the daemon in the foreground")
     verb("stop", _stop, "stop the daemon")
+    token.add_flags(verb("token", token.run, "say where the token is, print it, or change it"))
     _add_json(verb("status", _status, "say whether the daemon runs"))
     logs = verb("logs", _logs, "print the end of the daemon's log")
     logs.add_argument(

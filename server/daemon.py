@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import signal
 import socket
 import time
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from infilld.server import files, ports
+from infilld.server import files, ports, token
 from infilld.server.discovery import (
     API,
     DaemonProblem,
@@ -65,8 +64,11 @@ def serve(
         with ports.listen(settings.host, settings.port) as listening:
             from infilld.server.app import create_app
 
-            token = own_token(settings.token_file) if settings.auth else None
-            app = create_app(make_worker(settings), token=token)
+            app = create_app(
+                make_worker(settings),
+                token=token.prepare(settings.token_file) if settings.auth else None,
+                allowed_hosts=settings.allowed_hosts,
+            )
 
             def publish(listener: Listener) -> None:
                 _publish(address, ports.url_of(listening))
@@ -160,16 +162,3 @@ def _publish(address: Path, url: str) -> None:
     }
     files.put(address, json.dumps(told).encode(), mode=0o600)
     log.info("listening on %s", url)
-
-
-def own_token(path: Path) -> str:
-    """The token of this state folder; made at the first start, kept afterwards."""
-    try:
-        token = path.read_text().strip()
-    except FileNotFoundError:
-        token = ""
-    if not token:
-        token = secrets.token_urlsafe(32)
-        files.put(path, f"{token}\n".encode(), mode=0o600)
-    path.chmod(0o600)
-    return token

@@ -1,6 +1,12 @@
-"""Every error as an HTTP status and `{error: {code, message, remedy}}`."""
+"""Every error as an HTTP status and a body that every client can read.
+
+`{error: {code, message, remedy, type, param}}`: `code` and `remedy` are ours, `type` and `param`
+what OpenAI's and llama.cpp's clients look at. Below `/api/` it is `{error: "message remedy"}`, as
+Ollama's clients expect. No message quotes more than a few words of what a client sent.
+"""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,26 +45,68 @@ STATUS: Mapping[type[InfilldError], int] = {
     errors.Cancelled: 503,
 }
 RETRY_AFTER_S = 1
+TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "unavailable_error",
+}
+"""What `type` says of a status, in OpenAI's and llama.cpp's words; else by its hundreds."""
+OLLAMA_PATHS = "/api/"
+_QUOTED_CHARS = 80
+_LONG_QUOTE = re.compile(r"""(['"`])((?:(?!\1).){80})(?:(?!\1).)+\1""", re.DOTALL)
 
 
-def body(code: str, message: str, remedy: str = "") -> dict[str, object]:
-    """The error object of every answer that is not a 2xx."""
-    return {"error": {"code": code, "message": message, "remedy": remedy}}
+def body(
+    code: str, message: str, remedy: str = "", *, status: int = 400, param: str | None = None
+) -> dict[str, object]:
+    """The error object of every answer that is not a 2xx.
+
+    Args:
+        code: stable word. message: what was found. remedy: one sentence on what to do.
+        status: of the answer, which `type` follows. param: the key that is wrong, where it is one.
+    """
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if status < 500:
+        message = _LONG_QUOTE.sub(r"\1\2…\1", message)
+    told = {"code": code, "message": message, "remedy": remedy, "type": kind, "param": param}
+    return {"error": told}
 
 
-# The log has the traceback; the message may quote source text and stays inside.
-INTERNAL = body("internal", "an unexpected error", "Look into: infilld logs")
+def short(text: str) -> str:
+    """A quotation of what a client sent, cut where it is long."""
+    return text if len(text) <= _QUOTED_CHARS else f"{text[:_QUOTED_CHARS]}…"
 
+
+def as_ollama(content: Mapping[str, object]) -> dict[str, object]:
+    """An error object as Ollama's clients read it: one text."""
+    error = content["error"]
+    assert isinstance(error, Mapping)
+    return {"error": f"{error['message']} {error['remedy']}".strip()}
+
+
+# The log has the traceback.
+INTERNAL = body("internal", "an unexpected error", "Look into: infilld logs", status=500)
+
+_CODES = {400: "malformed_json", 404: "not_found", 405: "method_not_allowed"}
+_REMEDIES = {
+    400: "Send one JSON object in UTF-8, not nested more than a few hundred deep.",
+    404: "GET /openapi.json lists the routes.",
+    405: "GET /openapi.json lists the routes and their methods.",
+}
 _IN_RANGE = "Give a number in this range; GET /openapi.json has the bounds."
 
 
 def body_of(error: InfilldError) -> dict[str, object]:
     """The error object of one of our errors."""
-    return body(error.code, str(error), error.remedy)
+    return body(error.code, str(error), error.remedy, status=STATUS[type(error)])
 
 
-def response(status: int, content: Mapping[str, object]) -> JSONResponse:
-    """The answer; one that may succeed later says when to try again."""
+def response(status: int, content: Mapping[str, object], *, path: str = "") -> JSONResponse:
+    """The answer, in the dialect of a path; one that may succeed later says when to try again."""
+    if path.startswith(OLLAMA_PATHS):
+        content = as_ollama(content)
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
     return JSONResponse(content, status_code=status, headers=headers)
 
@@ -76,45 +124,50 @@ async def _ours(request: Request, error: Exception) -> JSONResponse:
     status = STATUS[type(error)]
     if status == 500:
         log.error("%s: %s", error.code, error)
-    return response(status, body_of(error))
+    return response(status, body_of(error), path=request.url.path)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return response(400, explain(error.errors()))
+    return response(400, explain(error.errors()), path=request.url.path)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    codes = {400: "malformed_json", 404: "not_found", 405: "method_not_allowed"}
-    path = f"{request.method} {request.url.path}"
-    content = body(codes.get(error.status_code, "http"), f"{path}: {error.detail}")
-    answer = response(error.status_code, content)
+    status, path = error.status_code, request.url.path
+    content = body(
+        _CODES.get(status, "http"),
+        f"{request.method} {short(path)}: {error.detail}",
+        _REMEDIES.get(status, ""),
+        status=status,
+    )
+    answer = response(status, content, path=path)
     answer.headers.update(error.headers or {})
     return answer
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-    return response(500, INTERNAL)
+    return response(500, INTERNAL, path=request.url.path)
 
 
 def explain(found: Sequence[Mapping[str, Any]]) -> dict[str, object]:
     """The first thing that is wrong with a body, in our shape."""
     first = found[0]
     kind = first["type"]
-    key = ".".join(str(part) for part in first["loc"] if part != "body")
+    # A key may be anything, also a whole document.
+    key = short(".".join(str(part) for part in first["loc"] if part != "body"))
+    param = key or None
     if kind == "extra_forbidden":
         remedy = "Leave it out; GET /openapi.json lists the keys."
-        return body("unknown_key", f"unknown key {key}", remedy)
+        return body("unknown_key", f"unknown key {key}", remedy, param=param)
     if kind == "json_invalid":
         detail = f"malformed JSON at character {key}: {first['ctx']['error']}"
         return body("malformed_json", detail, "Send one JSON object.")
     if kind == "value_error" and "lone surrogate" in first["msg"]:
         detail = str(first["ctx"]["error"])
-        return body("bad_text", f"{detail} of {key}", errors.BadText.remedy)
+        return body("bad_text", f"{detail} of {key}", errors.BadText.remedy, param=param)
     if kind in ("greater_than_equal", "less_than_equal"):
         # The code the engine gives to numbers out of range.
-        return body(errors.UnknownOption.code, f"{key}: {first['msg']}", _IN_RANGE)
-    return body(
-        "bad_request", f"{key or 'body'}: {first['msg']}", "GET /openapi.json has the types."
-    )
+        return body(errors.UnknownOption.code, f"{key}: {first['msg']}", _IN_RANGE, param=param)
+    remedy = "GET /openapi.json has the types."
+    return body("bad_request", f"{key or 'body'}: {short(first['msg'])}", remedy, param=param)

@@ -251,11 +251,16 @@ class Feedback(_Request):
 
 
 class ErrorBody(_Reply):
-    """What went wrong, and one sentence on what to do about it (may be empty)."""
+    """What went wrong, and one sentence on what to do about it (may be empty).
+
+    `type` and `param` (the key that is wrong) are what clients of OpenAI's and llama.cpp's look at.
+    """
 
     code: str
     message: str
     remedy: str = ""
+    type: str = ""
+    param: str | None = None
 
 
 class ErrorReply(_Reply):

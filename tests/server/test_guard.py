@@ -11,10 +11,12 @@ import pytest
 from fake_worker import FakeWorker
 from live_server import LiveServer, live_server, serving
 
+from infilld.server.bodies import Limits
 from infilld.server.client import Client
-from infilld.server.guard import BODY_LIMIT_BYTES
+from infilld.server.guard import is_own_host
 from infilld.server.settings import Settings
 
+BODY_LIMIT_BYTES = Limits().body_bytes
 GOOD = json.dumps({"text": "", "spans": [{"start": 0, "end": 0}]}).encode()
 
 
@@ -55,7 +57,7 @@ def ask(
 def code_of(content: dict[str, object]) -> str:
     error = content["error"]
     assert isinstance(error, dict)
-    assert set(error) == {"code", "message", "remedy"}
+    assert set(error) == {"code", "message", "remedy", "type", "param"}
     return str(error["code"])
 
 
@@ -122,7 +124,7 @@ def test_health_needs_no_token(server: LiveServer) -> None:
         server, method="GET", path="/health", body=None, drop=("authorization",)
     )
     assert status == 200
-    assert set(content) == {"api", "version", "state"}
+    assert set(content) <= {"api", "version", "state", "status"}, "nothing of the user's"
 
 
 def test_without_auth_no_token_is_needed(tmp_path: Path) -> None:
@@ -182,6 +184,140 @@ def test_a_body_that_grows_too_large_is_refused(server: LiveServer) -> None:
         except OSError:
             pass  # refused before the end was sent
         assert link.recv(64).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    ("site", "more"),
+    [
+        ("cross-site", {}),
+        # Another port of this machine: some other program's page.
+        ("same-site", {}),
+        ("cross-site", {"sec_fetch_mode": "no-cors", "sec_fetch_dest": "image"}),
+        # Only the page may be the target of a link, and only as a page.
+        ("cross-site", {"sec_fetch_mode": "navigate", "sec_fetch_dest": "document"}),
+        ("cross-site", {"path": "/", "sec_fetch_mode": "navigate", "sec_fetch_dest": "iframe"}),
+        ("cross-site", {"path": "/", "sec_fetch_mode": "no-cors", "sec_fetch_dest": "document"}),
+    ],
+)
+def test_what_a_browser_asks_for_another_site_is_refused(
+    server: LiveServer, site: str, more: dict[str, str]
+) -> None:
+    wanted = {"path": "/health", "method": "GET"} | more
+    status, content, _ = ask(server, body=None, sec_fetch_site=site, **wanted)
+    assert (status, code_of(content)) == (403, "foreign_origin")
+
+
+@pytest.mark.parametrize("site", ["same-origin", "none"])
+def test_what_a_browser_asks_for_our_page_is_served(server: LiveServer, site: str) -> None:
+    assert ask(server, sec_fetch_site=site, sec_fetch_mode="cors")[0] == 200
+
+
+def test_no_preflight_is_answered(server: LiveServer) -> None:
+    for sent in ({"origin": "https://evil.example"}, {}):
+        status, _, headers = ask(
+            server,
+            method="OPTIONS",
+            body=None,
+            access_control_request_method="POST",
+            access_control_request_headers="authorization,content-type",
+            **sent,
+        )
+        assert status in (403, 405)
+        assert not [name for name in headers if name.lower().startswith("access-control")]
+
+
+def test_every_answer_says_what_browsers_must_not_do(server: LiveServer) -> None:
+    for path in ("/health", "/nothing", "/v1/models"):
+        headers = ask(server, method="GET", path=path, body=None)[2]
+        assert headers.get_all("x-content-type-options") == ["nosniff"]
+        assert headers.get_all("cross-origin-resource-policy") == ["same-origin"]
+
+
+def test_the_token_may_not_stand_in_the_address(server: LiveServer) -> None:
+    for name in ("token", "api_key", "access_token"):
+        path = f"/v1/models?{name}={server.token}"
+        status, _, _ = ask(server, method="GET", path=path, body=None, drop=("authorization",))
+        assert status == 401
+
+
+def test_the_word_bearer_may_be_written_in_any_case(server: LiveServer) -> None:
+    assert ask(server, authorization=f"bearer {server.token}")[0] == 200
+
+
+def test_refusals_below_api_read_as_ollama_s(server: LiveServer) -> None:
+    status, content, _ = ask(server, path="/api/generate", drop=("authorization",))
+    assert status == 401
+    assert isinstance(content["error"], str)
+    assert "infilld status" in content["error"]
+
+
+class TestWhereItIsReached:
+    """Connections that no test may make: the scope of each as the server would tell it."""
+
+    @staticmethod
+    def is_own(host: str, server: tuple[str, int | None], *allowed: str) -> bool:
+        return is_own_host(host, {"type": "http", "server": server}, allowed)
+
+    @pytest.mark.parametrize(
+        ("host", "address"),
+        [
+            ("192.168.1.5:8741", "192.168.1.5"),
+            ("localhost:8741", "192.168.1.5"),
+            ("[fe80::1]:8741", "fe80::1%eth0"),
+            ("[FE80:0::1]:8741", "fe80::1"),
+            # A socket of both families.
+            ("192.168.1.5:8741", "::ffff:192.168.1.5"),
+        ],
+    )
+    def test_the_address_itself_is_served(self, host: str, address: str) -> None:
+        assert self.is_own(host, (address, 8741))
+
+    @pytest.mark.parametrize(
+        "host",
+        [
+            # Whatever name a foreign name server points at us.
+            "rebound.evil.example:8741",
+            "192.168.1.5.evil.example:8741",
+            "box.lan:8741",
+            "192.168.1.6:8741",
+            "0.0.0.0:8741",
+            "3232235781:8741",
+            "192.168.1.5:80",
+            "192.168.1.5",
+            "[::1%25evil]:8741",
+            "127.0.0.1:8741@evil.example",
+            "",
+            ":8741",
+        ],
+    )
+    def test_no_other_name_is(self, host: str) -> None:
+        assert not self.is_own(host, ("192.168.1.5", 8741))
+
+    def test_the_port_of_http_need_not_be_said(self) -> None:
+        assert self.is_own("localhost", ("127.0.0.1", 80))
+        assert not self.is_own("localhost", ("127.0.0.1", 8741))
+
+    def test_names_that_are_allowed_are_served(self) -> None:
+        assert self.is_own("Box.lan:8741", ("192.168.1.5", 8741), "box.lan:8741")
+        assert not self.is_own("box.lan:9999", ("192.168.1.5", 8741), "box.lan:8741")
+        assert self.is_own("box.lan:9999", ("192.168.1.5", 8741), "box.lan")
+        assert not self.is_own("evil.box.lan", ("192.168.1.5", 8741), "box.lan")
+
+    @pytest.mark.parametrize("host", ["localhost", "localhost:9000", "127.0.0.1", "[::1]:80"])
+    def test_a_unix_socket_has_the_names_of_loopback(self, host: str) -> None:
+        assert self.is_own(host, ("/run/infilld.sock", None))
+        assert not self.is_own("evil.example", ("/run/infilld.sock", None))
+
+
+def test_a_name_that_is_allowed_may_be_an_origin(tmp_path: Path) -> None:
+    wanted = Settings(state_dir=tmp_path / "state", port=0, allowed_hosts=("box.lan",))
+    with serving(wanted, FakeWorker()) as found:
+        bound = LiveServer(wanted, FakeWorker(), found.url, found.token)
+        for scheme in ("http", "https"):
+            assert ask(bound, host="box.lan", origin=f"{scheme}://box.lan")[0] == 200
+        # Another program at that name, and somebody else's page.
+        for origin in ("http://box.lan:3000", "https://evil.example"):
+            assert ask(bound, host="box.lan", origin=origin)[0] == 403
 
 
 def test_refusals_cost_the_engine_nothing(tmp_path: Path) -> None:
