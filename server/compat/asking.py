@@ -17,6 +17,7 @@ from fastapi import Request
 
 from infilld.engine.request import Context, Grammar, InfillRequest, InfillResult, ScoredToken, Span
 from infilld.server.answering import answer
+from infilld.server.compat.markers import Divided, divided
 from infilld.server.jobs import Jobs
 from infilld.server.wire import MAX_CONTEXT_ITEMS
 
@@ -73,7 +74,7 @@ class Asked:
             # A line end is not divided: the cursor stands before it.
             prefix, suffix = prefix[:-1], "\r" + suffix
         most = None if self.max_tokens is None else max(1, min(self.max_tokens, canvas_tokens))
-        least = self.min_tokens and min(self.min_tokens, canvas_tokens if most is None else most)
+        least = self.min_tokens and max(0, min(self.min_tokens, most or canvas_tokens))
         return InfillRequest(
             text=prefix + suffix,
             spans=(Span(len(prefix), len(prefix)),),
@@ -89,6 +90,12 @@ class Asked:
             warm=self.warm or self.max_tokens == 0,
             grammar=self.grammar,
         )
+
+
+def gap_of(prompt: str, suffix: str | None) -> Divided:
+    """Prefix and suffix of a prompt, which may have both between markers where no suffix comes."""
+    found = None if suffix else divided(prompt)
+    return Divided(prompt, suffix or "") if found is None else found
 
 
 @dataclass(frozen=True)

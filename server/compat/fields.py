@@ -3,6 +3,7 @@
 Unknown keys are ignored, every optional key may be null, and a count may be written 1 or 1.0.
 """
 
+import math
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -27,7 +28,9 @@ def _whole(value: Any) -> int:
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError("expected a number")
-    # Nothing is computed with it: no float has room for every int.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    # Nothing is computed with it; and no float has room for every int.
     return value if isinstance(value, float) else float(max(min(value, 1 << 62), -(1 << 62)))
 
 
@@ -48,3 +51,8 @@ def stops(stop: Stop | None) -> tuple[str, ...]:
 def seed_of(number: int | None) -> int | None:
     """A seed the engine takes, for any number; negative ones ask for a drawn seed."""
     return None if number is None or number < 0 else number % 2**63
+
+
+def bound(number: int | None) -> int | None:
+    """A bound on tokens; a negative one is none, as some clients write it."""
+    return None if number is None or number < 0 else number

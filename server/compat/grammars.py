@@ -16,10 +16,29 @@ from typing import Any
 
 from infilld.engine.errors import BadGrammar, UnknownOption
 from infilld.engine.request import Grammar
+from infilld.server.compat.fields import Body
 
 # Longer than any schema in use; a compiler's time grows with it.
 _MOST_CHARS = 1 << 18
 _META = frozenset(r"\.+*?()|[]{}^$#&-~/")
+
+
+class Constrained(Body):
+    """A request with these keys."""
+
+    response_format: dict[str, Any] | None = None
+    json_schema: dict[str, Any] | bool | str | None = None
+    grammar: str | None = None
+    regex: str | None = None
+    guided_json: dict[str, Any] | bool | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+
+    async def grammar_wanted(self) -> Grammar | None:
+        """As `wanted`."""
+        return await wanted({key: getattr(self, key) for key in KEYS})
 
 
 async def wanted(body: Mapping[str, Any]) -> Grammar | None:
