@@ -8,36 +8,57 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from infilld.server import health, native, openapi, problems
+from infilld.server import health, native, openapi, problems, recent, reports, switching
 from infilld.server.bodies import Limits
+from infilld.server.compat import (
+    chat,
+    llamacpp,
+    mercury,
+    mistral,
+    ollama,
+    ollama_models,
+    openai,
+)
 from infilld.server.guard import Guard
 from infilld.server.jobs import Jobs, Worker
+from infilld.server.metrics import Metrics
+from infilld.server.outcomes import Records
+from infilld.server.recent import Recent
+from infilld.server.statistics import Statistics
 from infilld.server.token import TokenFile
 
-CLOSE_WAIT_S = 5.0
+CLOSE_WAIT_S = 0.5
 
 
 def create_app(
     worker: Worker,
     *,
     token: TokenFile | str | None,
+    statistics: Statistics | None = None,
     allowed_hosts: Collection[str] = (),
     limits: Limits | None = None,
 ) -> FastAPI:
     """The application over a worker, which it starts and closes.
 
-    `token`, `allowed_hosts` and `limits` are those of `Guard`. `app.state.jobs` are the live jobs.
+    `token`, `allowed_hosts` and `limits` are those of `Guard`. `statistics` are begun and closed
+    with it; None: none are kept. `app.state.jobs` are the live jobs.
     """
-    jobs = Jobs(worker)
+    last, counted = Recent(), Metrics()
+    kept = [] if statistics is None else [statistics]
+    jobs = Jobs(worker, Records([last, counted, *kept]))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
+        for each in kept:
+            each.start()
         try:
             yield
         finally:
             jobs.cancel_all()
             await _close(worker)
+            for each in kept:
+                await asyncio.to_thread(each.close)
 
     app = FastAPI(
         title="infilld",
@@ -52,6 +73,11 @@ def create_app(
     openapi.install(app)
     app.include_router(native.router(jobs))
     app.include_router(health.router(jobs))
+    for dialect in (openai, mistral, mercury, chat, llamacpp, ollama, ollama_models):
+        app.include_router(dialect.router(jobs))
+    app.include_router(reports.router(jobs, counted, statistics))
+    app.include_router(recent.router(last))
+    app.include_router(switching.router(jobs))
     app.add_middleware(Guard, token=token, allowed_hosts=allowed_hosts, limits=limits)
     return app
 

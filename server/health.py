@@ -1,4 +1,4 @@
-"""What the daemon says about itself: `/health`, `/v1/models`, `/stats`, `/metrics`."""
+"""What the daemon says about itself: `/health`, `/v1/models`."""
 
 import time
 from collections.abc import Mapping
@@ -6,14 +6,12 @@ from importlib.metadata import version
 from typing import Literal, cast
 
 from fastapi import APIRouter
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 
 from infilld.server import wire
 from infilld.server.discovery import API
 from infilld.server.facts import FAMILY, facts
 from infilld.server.jobs import Jobs
-
-EXPOSITION = "text/plain; version=0.0.4"
 
 _NOT_READY: Mapping[str, wire.LoadingError] = {
     state: wire.LoadingError(code=503, message=message, type="unavailable_error")
@@ -27,7 +25,7 @@ _NOT_READY: Mapping[str, wire.LoadingError] = {
 def router(jobs: Jobs) -> APIRouter:
     """The reporting routes over one engine."""
     routes = APIRouter()
-    started_s, started = time.monotonic(), int(time.time())
+    started = int(time.time())
 
     @routes.get("/health", responses={503: {"model": wire.Health}}, response_model=wire.Health)
     async def health() -> JSONResponse:
@@ -71,35 +69,4 @@ def router(jobs: Jobs) -> APIRouter:
         listed = {**named, "capabilities": ["completion"], "details": {"family": FAMILY}}
         return {"object": "list", "data": [entry], "models": [listed]}
 
-    def told() -> dict[str, object]:
-        failure = jobs.worker.failure
-        return {
-            "state": jobs.worker.state,
-            "failure": None if failure is None else str(failure),
-            "uptime_s": round(time.monotonic() - started_s, 3),
-            "live_jobs": len(jobs),
-            **jobs.worker.stats(),
-        }
-
-    @routes.get("/stats")
-    async def stats() -> dict[str, object]:
-        """Counters since the start; no source text."""
-        return told()
-
-    @routes.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> PlainTextResponse:
-        """The numbers of `/stats` for Prometheus."""
-        return PlainTextResponse(exposition(told()), media_type=EXPOSITION)
-
     return routes
-
-
-def exposition(stats: Mapping[str, object]) -> str:
-    """Numbers in Prometheus' text format; a mapping becomes one line a key, with a label."""
-    lines: list[str] = []
-    for name, value in stats.items():
-        if isinstance(value, Mapping):
-            lines += [f'infilld_{name}{{name="{key}"}} {count}' for key, count in value.items()]
-        elif isinstance(value, (int, float)):
-            lines.append(f"infilld_{name} {value}")
-    return "\n".join(lines) + "\n"

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
 from infilld.engine.conversation import ChatRequest, ChatResult, ChatUpdate
-from infilld.engine.errors import Cancelled, InfilldError
+from infilld.engine.errors import Cancelled, InfilldError, Unavailable
 from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult
+from infilld.server import logs
 
 AnyRequest = InfillRequest | ChatRequest
 AnyResult = InfillResult | ChatResult
@@ -182,6 +183,7 @@ class Jobs:
         self.worker = worker
         self.observer: Observer = observer or NoObserver()
         self._live: set[AnyJob] = set()
+        self._is_ending = False
 
     def __len__(self) -> int:
         return len(self._live)
@@ -209,10 +211,18 @@ class Jobs:
             with_updates: whether somebody reads `updates`.
 
         Raises:
-            Loading, Busy: not now. Unsupported: this model cannot.
+            Unavailable: not now, or never again. Unsupported: this model cannot.
         """
-        job: LiveJob[Any, Any] = LiveJob(self.worker, request, with_updates=with_updates)
         observer = self.observer
+        logs.route.set(route)
+        try:
+            if self._is_ending:
+                raise Unavailable("the daemon is stopping")
+            job: LiveJob[Any, Any] = LiveJob(self.worker, request, with_updates=with_updates)
+        except InfilldError as refusal:
+            observer.answered("", route, request, refusal)
+            raise
+        logs.job_id.set(job.id)
         job.on_end(lambda outcome: observer.answered(job.id, route, request, outcome))
         self._live.add(job)
         return job
@@ -236,6 +246,7 @@ class Jobs:
         job.cancel()
 
     def cancel_all(self) -> None:
-        """Cancel every live job; their clients get an error."""
+        """Cancel every live job, whose clients get an error, and take no other."""
+        self._is_ending = True
         for job in self._live:
             job.cancel()

@@ -289,3 +289,16 @@ class Health(_Reply):
     state: Literal["loading", "ready", "failed"]
     status: Literal["ok"] | None = None
     error: LoadingError | None = None
+
+
+class SwitchRequest(_Request):
+    """Body of `POST /v1/model`: the absolute path of a checkpoint, or "starter"."""
+
+    model: Text
+
+
+class SwitchReply(_Reply):
+    """Reply of `POST /v1/model`: the model until the other is loaded, and the engine's state."""
+
+    model: str
+    state: str

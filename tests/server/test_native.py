@@ -14,7 +14,7 @@ from live_server import LiveServer, live_server
 
 from infilld.engine import errors
 from infilld.engine.request import Context, Pin, Span
-from infilld.server import app, health, wire
+from infilld.server import app, wire
 from infilld.server.client import ServerProblem
 
 TEXT = "def f():\n    \n"
@@ -537,17 +537,6 @@ def test_stats_count_live_jobs(server: LiveServer) -> None:
         thread.join()
         assert client.stats()["live_jobs"] == 0
         assert client.models()[0]["id"] == "fake"
-
-
-def test_metrics_are_the_numbers_of_stats(shared: LiveServer) -> None:
-    headers = {"Authorization": f"Bearer {shared.token}"}
-    got = httpx.get(shared.url + "/metrics", headers=headers)
-    assert got.headers["content-type"].startswith("text/plain; version=0.0.4")
-    lines = dict(line.split(" ") for line in got.text.splitlines())
-    assert lines["infilld_live_jobs"] == "0"
-    assert "infilld_state" not in lines
-    labelled = health.exposition({"reasons": {"ok": 2}, "p50_ms": 1.5, "failure": None})
-    assert labelled == 'infilld_reasons{name="ok"} 2\ninfilld_p50_ms 1.5\n'
 
 
 def test_a_load_that_takes_long_does_not_keep_the_daemon(

@@ -1,0 +1,59 @@
+"""What the daemon tells of its work: `/stats`, `/metrics`."""
+
+import asyncio
+import time
+from importlib.metadata import version
+
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse
+
+from infilld.server import metrics
+from infilld.server.jobs import Jobs
+from infilld.server.metrics import Metrics
+from infilld.server.statistics import Statistics
+
+_NOT_KEPT: dict[str, object] = {"state": "disabled", "why": "None were asked for."}
+
+
+def router(jobs: Jobs, counted: Metrics, statistics: Statistics | None) -> APIRouter:
+    """The reporting routes over one engine; `statistics` None: none are kept."""
+    routes = APIRouter()
+    started_s = time.monotonic()
+
+    def live() -> dict[str, object]:
+        failure = jobs.worker.failure
+        return {
+            "state": jobs.worker.state,
+            "failure": None if failure is None else str(failure),
+            "uptime_s": round(time.monotonic() - started_s, 3),
+            "live_jobs": len(jobs),
+            "resident_bytes": metrics.resident_bytes(),
+            **jobs.worker.stats(),
+        }
+
+    @routes.get("/stats")
+    async def stats() -> dict[str, object]:
+        """Counters since the start, and what is kept of earlier days; no source text.
+
+        `today` counts since midnight, `week` the last 7 days, `total` all that is kept (90 days).
+        In each, `p50_ms` and `p95_ms` are by kind of request, `shown` to `retained` count answers
+        of which a client said so, `acceptance` is the share inserted among those shown, and
+        `abstentions` counts answers without a text by reason. `statistics` says whether records
+        are kept.
+        """
+        if statistics is None:
+            return {**live(), "statistics": _NOT_KEPT}
+        kept = await asyncio.to_thread(statistics.report)
+        return {**live(), "statistics": statistics.status(), **kept}
+
+    @routes.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus() -> PlainTextResponse:
+        """Counters, gauges and a histogram of times for Prometheus, since the start."""
+        told = jobs.worker.describe()
+        known = {key: told.get(key) for key in ("model", "device", "memory_bytes")}
+        status = {} if statistics is None else statistics.status()
+        numbers = {"version": version("infilld"), **known, **status, **live()}
+        text = metrics.exposition(counted.families(numbers))
+        return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
+
+    return routes
