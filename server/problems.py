@@ -95,6 +95,9 @@ _REMEDIES = {
     404: "GET /openapi.json lists the routes.",
     405: "GET /openapi.json lists the routes and their methods.",
 }
+# Where a path takes bodies of two dialects, an error says which one it is before it names the key.
+OPENAI, TABBY = "(openai)", "(tabby)"
+_NO_KEYS = frozenset({"body", OPENAI, TABBY})
 _IN_RANGE = "Give a number in this range; GET /openapi.json has the bounds."
 
 
@@ -155,7 +158,7 @@ def explain(found: Sequence[Mapping[str, Any]]) -> dict[str, object]:
     first = found[0]
     kind = first["type"]
     # A key may be anything, also a whole document.
-    key = short(".".join(str(part) for part in first["loc"] if part != "body"))
+    key = short(".".join(str(part) for part in first["loc"] if part not in _NO_KEYS))
     param = key or None
     if kind == "extra_forbidden":
         remedy = "Leave it out; GET /openapi.json lists the keys."
@@ -170,4 +173,5 @@ def explain(found: Sequence[Mapping[str, Any]]) -> dict[str, object]:
         # The code the engine gives to numbers out of range.
         return body(errors.UnknownOption.code, f"{key}: {first['msg']}", _IN_RANGE, param=param)
     remedy = "GET /openapi.json has the types."
-    return body("bad_request", f"{key or 'body'}: {short(first['msg'])}", remedy, param=param)
+    found_out = short(first["msg"].removeprefix("Value error, "))
+    return body("bad_request", f"{key or 'body'}: {found_out}", remedy, param=param)

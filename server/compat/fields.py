@@ -34,18 +34,23 @@ def _number(value: Any) -> float:
     return value if isinstance(value, float) else float(max(min(value, 1 << 62), -(1 << 62)))
 
 
+def _texts(value: Any) -> Any:
+    if not isinstance(value, (str, list)):
+        raise ValueError("expected a text, or a list of texts")
+    return [value] if isinstance(value, str) else value
+
+
 Whole = Annotated[int, BeforeValidator(_whole)]
 """A count of any size and sign."""
 Number = Annotated[float, BeforeValidator(_number)]
 Flag = Annotated[bool, Field(strict=True)]
-Stop = Text | list[Text]
+Stop = Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=str | list[str])]
 """One text or several before which an answer ends."""
 
 
-def stops(stop: Stop | None) -> tuple[str, ...]:
+def stops(stop: list[str] | None) -> tuple[str, ...]:
     """The texts before which an answer ends; an empty one ends nothing."""
-    texts = [stop] if isinstance(stop, str) else stop or []
-    return tuple(text for text in texts if text)
+    return tuple(text for text in stop or () if text)
 
 
 def seed_of(number: int | None) -> int | None:

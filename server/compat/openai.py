@@ -17,6 +17,7 @@ from infilld.server.compat import fields, grammars, tabby
 from infilld.server.compat.asking import Answered, Asked, Shaped, ask, gap_of
 from infilld.server.compat.streaming import streamed
 from infilld.server.jobs import Jobs
+from infilld.server.problems import OPENAI, TABBY
 from infilld.server.wire import Text
 
 MAX_PROMPTS = 32
@@ -27,6 +28,8 @@ def _prompts(value: Any) -> Any:
         return [value or ""]
     if isinstance(value, list) and any(isinstance(each, (int, list)) for each in value):
         raise ValueError("token ids are not read here: send the prompt as text")
+    if not isinstance(value, list):
+        raise ValueError("expected a text, or a list of texts")
     return value
 
 
@@ -174,14 +177,14 @@ class Completion(BaseModel):
 
 
 def kind_of(body: Any) -> str:
-    """Whose request a body is: `tabby` or `openai`."""
+    """Whose request a body is: `problems.TABBY` or `problems.OPENAI`."""
     keys = ("segments", "debug_options")
     is_tabby = isinstance(body, dict) and any(body.get(key) is not None for key in keys)
-    return "tabby" if is_tabby or isinstance(body, tabby.TabbyRequest) else "openai"
+    return TABBY if is_tabby or isinstance(body, tabby.TabbyRequest) else OPENAI
 
 
 AnyRequest = Annotated[
-    Annotated[CompletionRequest, Tag("openai")] | Annotated[tabby.TabbyRequest, Tag("tabby")],
+    Annotated[CompletionRequest, Tag(OPENAI)] | Annotated[tabby.TabbyRequest, Tag(TABBY)],
     Discriminator(kind_of),
 ]
 
