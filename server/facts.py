@@ -16,6 +16,7 @@ class Facts:
         name: of the model. state: as the worker's. device, dtype: where and how it is held.
         parameters: how many. memory_bytes: held now; 0 while unloaded.
         context_tokens: what a prompt and its answer may take together.
+        max_live: jobs that may run side by side.
         can_think: it may be asked to reason.
     """
 
@@ -26,6 +27,7 @@ class Facts:
     parameters: int
     memory_bytes: int
     context_tokens: int
+    max_live: int
     can_think: bool
 
     @property
@@ -57,6 +59,7 @@ def facts(described: Mapping[str, object]) -> Facts:
         parameters=number("parameters"),
         memory_bytes=number("memory_bytes"),
         context_tokens=number("prompt_tokens") + number("canvas_tokens"),
+        max_live=max(1, number("max_live")),
         can_think=described.get("thinks") is True,
     )
 
