@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from infilld.engine.rounds import Rounds
-from infilld.engine.scheduler import Job, Schedule
+from infilld.engine.scheduler import AnyJob, Schedule
 
 
 class Clock(threading.Thread):
@@ -28,7 +28,7 @@ class Clock(threading.Thread):
         rounds: Rounds,
         lock: threading.Condition,
         grace_s: Callable[[], float],
-        answer: Callable[[Job], None],
+        answer: Callable[[AnyJob], None],
     ) -> None:
         super().__init__(name="infilld-clock", daemon=True)
         self._schedule, self._rounds, self._lock = schedule, rounds, lock
@@ -52,7 +52,7 @@ class Clock(threading.Thread):
             for job in late:
                 self._answer(job)
 
-    def _struck(self, now: float) -> tuple[list[Job], float | None]:
+    def _struck(self, now: float) -> tuple[list[AnyJob], float | None]:
         """The jobs whose deadline has struck, and when the next one does."""
         late = self._schedule.expired(now)
         begun = {

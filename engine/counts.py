@@ -3,7 +3,8 @@
 import statistics
 from collections import Counter, deque
 
-from infilld.engine.request import InfillRequest, InfillResult
+from infilld.engine.request import InfillResult
+from infilld.engine.scheduler import AnyRequest, AnyResult
 
 _TIMED_JOBS = 512
 _REPORTED = (
@@ -32,7 +33,7 @@ class Counts:
         self._job_ms: deque[float] = deque(maxlen=_TIMED_JOBS)
         self._pass_ms: deque[float] = deque(maxlen=_TIMED_JOBS)
 
-    def ended(self, request: InfillRequest, reason: str, result: InfillResult | None) -> None:
+    def ended(self, request: AnyRequest, reason: str, result: AnyResult | None) -> None:
         """A job has ended: with a result, or, None, with the error whose code is the reason."""
         self.reasons[reason] += 1
         self.totals["background_jobs"] += request.background
@@ -42,7 +43,8 @@ class Counts:
             self.totals[name] += getattr(result.usage, name)
         if not request.background:
             self._job_ms.append(result.timings.total_ms)
-            is_at_once = bool(result.alternatives) and result.usage.passes == 0
+            texts = result.alternatives if isinstance(result, InfillResult) else result.answers
+            is_at_once = bool(texts) and result.usage.passes == 0
             self.totals["answered_at_once"] += is_at_once
 
     def shared(self, jobs: int) -> None:

@@ -69,6 +69,22 @@ def load_infiller(folder: Path, device: str = "auto", limits: Limits = NO_LIMITS
     )
 
 
+def refuse_unfit(folder: Path, device: str) -> None:
+    """Look at all of a checkpoint but its weights, which takes a moment.
+
+    Raises:
+        ModelError: as `load_infiller`, as far as that can be told; not whether it fits a GPU,
+            which is in use.
+    """
+    chosen = pick_device(device)
+    tokenizer = Tokenizer.from_folder(folder_of(folder), config_of(folder).vocab_tokens)
+    summary = inspect_checkpoint(folder)
+    sampler_of(folder)
+    _layout(tokenizer, folder)
+    if chosen.type == "cuda":
+        _refuse_without_kernels(summary.config)
+
+
 def _on_cpu(folder: Path) -> Runner:
     # Weights are laid out for the product that is fastest here without changing it: `PackedWeight`.
     device, dtype = torch.device("cpu"), torch.float32

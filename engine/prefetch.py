@@ -4,6 +4,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
+from infilld.engine.conversation import ChatRequest, ChatResult
 from infilld.engine.errors import RequestError, UnknownId, UnknownOption
 from infilld.engine.request import InfillRequest, InfillResult, Span
 
@@ -40,18 +41,25 @@ class Answers:
         while len(self._newest) > _ANSWERS:
             self._newest.popitem(last=False)
 
-    def keep(self, request: InfillRequest, result: InfillResult) -> None:
-        """Remember an answer under its id."""
+    def keep(self, request: InfillRequest | ChatRequest, result: InfillResult | ChatResult) -> None:
+        """Remember an answer under its id; nothing is prefetched behind one in a conversation."""
+        if isinstance(request, InfillRequest) and isinstance(result, InfillResult):
+            self._answers[result.id] = self._followable(request, result)
+        elif isinstance(result, ChatResult):
+            count = len(result.answers)
+            self._answers[result.id] = _Answer(None, (), count, time.monotonic())
+        while len(self._answers) > _ANSWERS:
+            self._answers.popitem(last=False)
+
+    def _followable(self, request: InfillRequest, result: InfillResult) -> _Answer:
         document = request.document
         is_newest = document is not None and self._newest.get(document) == result.id
-        self._answers[result.id] = _Answer(
+        return _Answer(
             request=request if is_newest and _has_next(request, result) else None,
             fills=tuple(each.spans[0].text for each in result.alternatives),
             count=len(result.alternatives),
             at=time.monotonic(),
         )
-        while len(self._answers) > _ANSWERS:
-            self._answers.popitem(last=False)
 
     def know(self, job_id: str, choice: int) -> None:
         """Refuse feedback that belongs to nothing.

@@ -1,4 +1,9 @@
-"""The model a worker serves, coming and going: it is loaded, dropped while idle, loaded again."""
+"""The model a worker serves, coming and going: loaded, dropped while idle, switched to another.
+
+loading ──▶ ready ◀──▶ unloaded          a switch: live jobs end, the next checkpoint is looked
+   └──▶ failed  (a switch mends it)      at, the old weights go, the new ones come; if they do
+                                         not, the old ones come back
+"""
 
 import logging
 import threading
@@ -7,9 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from infilld.engine.errors import InfilldError, ModelError
+from infilld.engine.errors import Busy, InfilldError, ModelError
 from infilld.engine.infill import Infiller
-from infilld.engine.loading import free_memory, load_infiller, starter_folder
+from infilld.engine.loading import (
+    free_memory,
+    load_infiller,
+    refuse_unfit,
+    starter_folder,
+)
 from infilld.engine.placement import Limits
 
 log = logging.getLogger(__name__)
@@ -36,7 +46,9 @@ class Resident:
     Attributes:
         engine: serves requests; None: not loaded. state: see `Worker`.
         failure: why it never was loaded. about: sizes, once they are known.
-        loads: how often it was loaded. loaded: set when that was tried for the first time.
+        loads: how often a model was loaded. loaded: set when that was tried for the first time.
+        switch_failure: why the last switch came to nothing, and what to do.
+        loader: the thread that loads now.
     """
 
     def __init__(
@@ -48,80 +60,199 @@ class Resident:
         lock: threading.Condition,
         lost: Callable[[InfilldError], None],
     ) -> None:
-        self.folder = starter_folder() if folder is None else folder
-        self.name = "starter" if folder is None else self.folder.name
+        self.folder, self.name = _named(folder)
         self.engine: Infiller | None = None
         self.state: State = "loading"
         self.failure: InfilldError | None = None
         self.about: dict[str, object] = {}
         self.loads = 0
         self.loaded = threading.Event()
+        self.switch_failure: str | None = None
+        self.loader: threading.Thread | None = None
         self._device, self._limits, self._idle_wish = device, limits, idle_wish
         self._lock, self._lost = lock, lost
         self._idle_s = self._idle_since = 0.0
-        self._loader: threading.Thread | None = None
+        self._is_to_go = False
+        self._next: tuple[Path, str] | None = None
+
+    @property
+    def is_switching(self) -> bool:
+        """Whether another checkpoint is about to take its place."""
+        return self._next is not None
 
     def load_soon(self) -> None:
         """Begin to load, unless that has begun."""
-        if self._loader is None:
-            self._loader = threading.Thread(target=self._load, name="infilld-load", daemon=True)
-            self._loader.start()
+        self._begin(self._load)
 
-    @property
-    def loader(self) -> threading.Thread | None:
-        """The thread that loads it now."""
-        return self._loader
+    def switch(self, folder: Path | None) -> None:
+        """Another checkpoint is to take its place as soon as `go_on` is called.
+
+        Raises:
+            Busy: one is about to already.
+        """
+        if self._next is not None:
+            raise Busy(f"{self._next[1]} is being loaded already")
+        self._next, self.switch_failure = _named(folder), None
+        if self.state == "failed":
+            # Who asks now waits for the next one.
+            self.state = "unloaded"
+
+    def unload_soon(self) -> None:
+        """The model is to go when no job is open."""
+        self._is_to_go = self.engine is not None or self.loader is not None
 
     def used(self) -> None:
         """A job has ended: from now on it is idle, if no other is open."""
         self._idle_since = time.monotonic()
 
-    def idle_left_s(self) -> float | None:
-        """Seconds until it is dropped if no job comes; None: never."""
-        if self.engine is None or not self._idle_s:
-            return None
-        return self._idle_since + self._idle_s - time.monotonic()
+    def rest(self, *, is_open: bool) -> float | None:
+        """What is to be done while no job is live: drop the model, or begin to switch.
 
-    def unload(self) -> None:
-        """Drop the model; no job is open."""
-        log.info("%s is unloaded after %g s without a request", self.name, self._idle_s)
-        self.engine, self.state = None, "unloaded"
-        free_memory()
+        Args:
+            is_open: a job waits for the model.
+
+        Returns:
+            Seconds after which to ask again; None: not before something happens.
+        """
+        if self._next is not None:
+            self._begin(self._switch)
+            return None
+        if is_open or self.engine is None:
+            return None
+        left_s = None
+        if self._idle_s:
+            left_s = self._idle_since + self._idle_s - time.monotonic()
+        if self._is_to_go or (left_s is not None and left_s <= 0):
+            log.info("%s is unloaded", self.name)
+            self._drop()
+            return None
+        return left_s
 
     def describe(self) -> dict[str, object]:
         """What is loaded, for people."""
-        told = {"model": self.name, "folder": str(self.folder), "state": self.state}
-        is_gone = self.engine is None and bool(self.about)
-        return told | self.about | ({"memory_bytes": 0} if is_gone else {})
+        told: dict[str, object] = {
+            "model": self.name,
+            "folder": str(self.folder),
+            "state": "switching" if self._next is not None else self.state,
+        }
+        told |= self.about
+        if self.engine is None and self.about:
+            told["memory_bytes"] = 0
+        if self._next is not None:
+            told["switching_to"] = self._next[1]
+        if self.switch_failure is not None:
+            told["switch_failure"] = self.switch_failure
+        return told
+
+    def _begin(self, load: Callable[[], None]) -> None:
+        if self.loader is None:
+            self.loader = threading.Thread(target=load, name="infilld-load", daemon=True)
+            self.loader.start()
+
+    def _drop(self) -> None:
+        """Forget the model, and give its memory back; no job is live."""
+        self.engine, self.state, self._is_to_go = None, "unloaded", False
+        free_memory()
+
+    # On the loading thread, which holds no lock.
 
     def _load(self) -> None:
-        error: InfilldError | None = None
-        engine: Infiller | None = None
-        try:
-            engine = load_infiller(self.folder, self._device, self._limits)
-        except InfilldError as found:
-            error = found
-        except Exception as found:
-            log.exception("loading %s failed", self.folder)
-            error = ModelError(f"{self.folder}: {type(found).__name__}: {found}")
-        is_lost = False
+        found = self._read(self.folder)
         with self._lock:
-            self._loader = None
+            if isinstance(found, Infiller):
+                self._install(found)
+            elif self.state != "unloaded":
+                self.failure, self.state = found, "failed"
+            # Else it was loaded once: what is in the way, memory say, may be gone next time.
+        if isinstance(found, InfilldError):
+            # Before anybody can wait for the next attempt.
+            self._lost(found)
+        with self._lock:
+            self.loader = None
             self.used()
-            if engine is not None:
-                self.engine, self.state = engine, "ready"
-                self.about = _about(engine)
-                self._idle_s = _idle_s(engine, self._idle_wish)
-                self.loads += 1
-            elif self.state == "unloaded":
-                # It was loaded once: what is in the way, memory say, may be gone next time.
-                is_lost = True
-            else:
-                self.failure, self.state = error, "failed"
             self._lock.notify_all()
-        if is_lost:
-            self._lost(error or ModelError("not loaded"))
         self.loaded.set()
+
+    def _switch(self) -> None:
+        """Load the next checkpoint in place of this one, or this one again."""
+        assert self._next is not None
+        folder, name = self._next
+        # What cannot be used costs nobody the model they have.
+        unfit = self._unfit(folder)
+        if unfit is not None:
+            self._switched(unfit)
+            return
+        with self._lock:
+            had_model = self.engine is not None
+            if had_model:
+                self._drop()
+        found = self._read(folder)
+        if isinstance(found, Infiller):
+            with self._lock:
+                self.folder, self.name = folder, name
+                self._install(found)
+            self._switched(None)
+            return
+        before = self._read(self.folder) if had_model else None
+        if isinstance(before, Infiller):
+            with self._lock:
+                self._install(before)
+        if isinstance(before, InfilldError):
+            self._lost(before)
+        self._switched(found)
+
+    def _switched(self, failure: InfilldError | None) -> None:
+        """A switch has ended."""
+        with self._lock:
+            if failure is not None:
+                log.warning("%s stays: %s", self.name, failure)
+                self.switch_failure = f"{failure} {failure.remedy}".strip()
+            never_came = self.failure
+            if never_came is not None:
+                self.state = "failed"
+        if never_came is not None:
+            self._lost(never_came)
+        with self._lock:
+            self.loader = self._next = None
+            self.used()
+            self._lock.notify_all()
+
+    def _install(self, engine: Infiller) -> None:
+        """This model serves from now on; with the lock held."""
+        self.engine, self.state, self.failure = engine, "ready", None
+        self.about = _about(engine)
+        self._idle_s = _idle_s(engine, self._idle_wish)
+        self.loads += 1
+        self.used()
+
+    def _unfit(self, folder: Path) -> InfilldError | None:
+        try:
+            refuse_unfit(folder, self._device)
+        except Exception as found:
+            return _said(folder, found)
+        return None
+
+    def _read(self, folder: Path) -> Infiller | InfilldError:
+        try:
+            return load_infiller(folder, self._device, self._limits)
+        except Exception as found:
+            error = _said(folder, found)
+        # The frames that failed are gone, and the weights that they held.
+        free_memory()
+        return error
+
+
+def _named(folder: Path | None) -> tuple[Path, str]:
+    return (starter_folder(), "starter") if folder is None else (folder, folder.name)
+
+
+def _said(folder: Path, found: Exception) -> InfilldError:
+    """An error to keep: without traceback and causes, which hold what was loaded so far."""
+    if isinstance(found, InfilldError):
+        found.__traceback__ = found.__context__ = found.__cause__ = None
+        return found
+    log.error("loading %s failed", folder, exc_info=found)
+    return ModelError(f"{folder}: {type(found).__name__}: {found}")
 
 
 def _about(engine: Infiller) -> dict[str, object]:

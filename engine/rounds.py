@@ -10,15 +10,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from infilld.engine.conversation import ChatRequest
 from infilld.engine.counts import Counts
 from infilld.engine.errors import Cancelled
 from infilld.engine.infill import Hooks, Infiller
 from infilld.engine.loading import free_memory, use_device
 from infilld.engine.passes import CanvasPass, Work
 from infilld.engine.reading import Reading
-from infilld.engine.request import InfillResult
-from infilld.engine.scheduler import Job, Schedule, Struck, Superseded, fitting
+from infilld.engine.scheduler import AnyJob, AnyResult, Schedule, Struck, Superseded, fitting
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ class Run:
         readings: of those passes, once they were run. has_canvas: some were run.
     """
 
-    job: Job
-    work: Work[InfillResult]
+    job: AnyJob
+    work: Work[Any]
     begun_at: float
     served: int = 0
     has_begun: bool = False
@@ -80,16 +81,21 @@ class Rounds:
         schedule: Schedule,
         lock: threading.Condition,
         counts: Counts,
-        ended: Callable[[Run, InfillResult | BaseException], None],
+        ended: Callable[[Run, AnyResult | BaseException], None],
     ) -> None:
         self.runs: list[Run] = []
         self._schedule, self._lock, self._counts, self._ended = schedule, lock, counts, ended
         self._turns = 0
 
-    def begin(self, engine: Infiller, job: Job) -> None:
+    def begin(self, engine: Infiller, job: AnyJob) -> None:
         """A job is live now; with the lock held."""
         hooks = Hooks(on_canvas=job.on_canvas, check=job.check, deadline_at=job.deadline_at)
-        work = engine.work(job.request, hooks)
+        asked = job.request
+        work: Work[Any] = (
+            engine.conversing(asked, hooks)
+            if isinstance(asked, ChatRequest)
+            else engine.work(asked, hooks)
+        )
         self.runs.append(Run(job, work, time.monotonic(), served=self._turns))
 
     def sweep(self) -> None:
@@ -112,7 +118,7 @@ class Rounds:
         wanted = [(run, run.positions) for run in wanting if run.wanted and run.readings is None]
         self._share(engine, fitting(wanted, _round_tokens(engine)))
 
-    def _on_turn(self, engine: Infiller) -> Sequence[Job]:
+    def _on_turn(self, engine: Infiller) -> Sequence[AnyJob]:
         with self._lock:
             if engine.awaits_prefix:
                 # A suspended job may hold what another waits for: it goes on, and gives it back.
@@ -168,7 +174,7 @@ class Rounds:
             except Exception as error:
                 self._end(run, error)
 
-    def _end(self, run: Run, outcome: InfillResult | BaseException) -> None:
+    def _end(self, run: Run, outcome: AnyResult | BaseException) -> None:
         """Close a job's work and answer it."""
         run.work.close()
         with self._lock:

@@ -14,19 +14,27 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
+from infilld.engine.conversation import ChatRequest, ChatResult
 from infilld.engine.errors import Busy, Cancelled
-from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult
+from infilld.engine.request import InfillRequest, InfillResult
+
+AnyRequest = InfillRequest | ChatRequest
+AnyResult = InfillResult | ChatResult
 
 T = TypeVar("T")
+R = TypeVar("R", InfillResult, ChatResult)
 
-MAX_QUEUED = 32
+# Whoever has a daemon to themselves rarely has two; a team's editors may all ask at once. A request
+# that waits holds its text alone.
+MAX_QUEUED = 256
 MAX_LIVE = 4
 # Each holds an encoded prompt while it is suspended.
 MAX_LIVE_BACKGROUND = 1
 
-OnCanvas = Callable[[CanvasUpdate], None]
+OnCanvas = Callable[[Any], None]
+"""Called with the updates that belong to the request."""
 
 
 class Superseded(Exception):
@@ -38,7 +46,7 @@ class Struck(Exception):
 
 
 @dataclass(eq=False)
-class Job:
+class Job(Generic[R]):
     """A request on its way. `future` ends with a result, or raises an InfilldError.
 
     Attributes:
@@ -48,11 +56,11 @@ class Job:
         is_answered: `future` is spoken for; whoever sets this, with the worker's lock, resolves it.
     """
 
-    request: InfillRequest
+    request: AnyRequest
     on_canvas: OnCanvas | None
-    _withdraw: Callable[["Job"], None]
+    _withdraw: Callable[["Job[R]"], None]
     id: str = field(default_factory=lambda: secrets.token_hex(8))
-    future: "Future[InfillResult]" = field(default_factory=Future)
+    future: "Future[R]" = field(default_factory=Future)
     arrived_at: float = field(default_factory=time.monotonic)
     is_answered: bool = False
     _cancelled: threading.Event = field(default_factory=threading.Event)
@@ -88,31 +96,38 @@ class Job:
         return None if ms is None else self.arrived_at + ms / 1e3
 
 
+AnyJob = Job[Any]
+
+
 class Schedule:
     """The open jobs, each either waiting or live; oldest first.
 
     Args:
         max_live: interactive jobs that run side by side.
         max_queued: jobs that may wait, of the background and others each.
+
+    Attributes:
+        is_held: no job begins, and nobody makes way for those that wait.
     """
 
     def __init__(self, max_live: int = MAX_LIVE, max_queued: int = MAX_QUEUED) -> None:
         self._most = ((False, max_live), (True, MAX_LIVE_BACKGROUND))
         self._max_queued = max_queued
-        self._waiting: list[Job] = []
-        self._live: list[Job] = []
+        self.is_held = False
+        self._waiting: list[AnyJob] = []
+        self._live: list[AnyJob] = []
 
     @property
-    def waiting(self) -> Sequence[Job]:
+    def waiting(self) -> Sequence[AnyJob]:
         """Jobs that have not begun."""
         return tuple(self._waiting)
 
     @property
-    def live(self) -> Sequence[Job]:
+    def live(self) -> Sequence[AnyJob]:
         """Jobs that have begun, suspended ones too."""
         return tuple(self._live)
 
-    def add(self, job: Job) -> list[Job]:
+    def add(self, job: AnyJob) -> list[AnyJob]:
         """Queue a job; returns the waiting ones it supersedes, which are open no more.
 
         Live ones are told, and end at their next check. A background job supersedes only
@@ -146,13 +161,13 @@ class Schedule:
         self._waiting.append(job)
         return superseded
 
-    def admit(self) -> list[Job]:
+    def admit(self) -> list[AnyJob]:
         """Let waiting jobs begin, as many as may; returns them.
 
         A background job begins when no interactive one is open.
         """
-        begun = []
-        for is_background, most in self._most:
+        begun: list[AnyJob] = []
+        for is_background, most in () if self.is_held else self._most:
             if is_background and self.is_interactive:
                 break
             live = sum(job.request.background == is_background for job in self._live)
@@ -162,16 +177,17 @@ class Schedule:
         self._live += begun
         return begun
 
-    def turn(self) -> list[Job]:
+    def turn(self) -> list[AnyJob]:
         """The live jobs that may go on now: interactive ones, or else those of the background."""
         return [job for job in self._live if job.request.background != self.is_interactive]
 
     @property
     def is_interactive(self) -> bool:
-        """Whether anybody waits for an answer now."""
-        return any(not job.request.background for job in (*self._waiting, *self._live))
+        """Whether anybody waits for an answer that may come now."""
+        waiting = () if self.is_held else self._waiting
+        return any(not job.request.background for job in (*waiting, *self._live))
 
-    def expired(self, now: float) -> list[Job]:
+    def expired(self, now: float) -> list[AnyJob]:
         """Take out the waiting jobs whose deadline has struck."""
         late = [
             job for job in self._waiting if job.deadline_at is not None and job.deadline_at <= now
@@ -179,18 +195,18 @@ class Schedule:
         self._waiting = [job for job in self._waiting if job not in late]
         return late
 
-    def withdraw(self, job: Job) -> bool:
+    def withdraw(self, job: AnyJob) -> bool:
         """Take out a waiting job; False: it has begun, or is not open."""
         if job not in self._waiting:
             return False
         self._waiting.remove(job)
         return True
 
-    def remove(self, job: Job) -> None:
+    def remove(self, job: AnyJob) -> None:
         """Take out a live job that has ended."""
         self._live.remove(job)
 
-    def clear(self) -> list[Job]:
+    def clear(self) -> list[AnyJob]:
         """Take out every job."""
         jobs = [*self._waiting, *self._live]
         self._waiting, self._live = [], []

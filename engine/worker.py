@@ -14,11 +14,12 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 
 from infilld.engine.clock import Clock
+from infilld.engine.conversation import ChatRequest, ChatResult
 from infilld.engine.counts import Counts
 from infilld.engine.errors import (
     Busy,
@@ -37,6 +38,9 @@ from infilld.engine.rounds import Rounds, Run
 from infilld.engine.scheduler import (
     MAX_LIVE,
     MAX_QUEUED,
+    AnyJob,
+    AnyRequest,
+    AnyResult,
     Job,
     OnCanvas,
     Schedule,
@@ -88,7 +92,7 @@ class Worker:
             folder, device, limits, idle_unload_minutes, self._wake, self._lose
         )
         self._rounds = Rounds(self._schedule, self._wake, self._counts, self._ended)
-        self._closing = False
+        self._closing = self._is_broken = False
         self._thread = threading.Thread(target=self._work, name="infilld-worker", daemon=True)
         self._clock = Clock(self._schedule, self._rounds, self._wake, self._grace_s, self._strike)
 
@@ -122,25 +126,36 @@ class Worker:
         """
         if not self._resident.loaded.wait(timeout_s):
             raise Loading(f"{self.model_name} is still loading after {timeout_s:g} s")
-        if self.failure is not None:
-            raise self.failure.with_traceback(None)
+        self._refuse_failed()
 
-    def submit(self, request: InfillRequest, on_canvas: OnCanvas | None = None) -> Job:
+    @overload
+    def submit(
+        self, request: InfillRequest, on_canvas: OnCanvas | None = None
+    ) -> Job[InfillResult]: ...
+
+    @overload
+    def submit(
+        self, request: ChatRequest, on_canvas: OnCanvas | None = None
+    ) -> Job[ChatResult]: ...
+
+    @overload
+    def submit(self, request: AnyRequest, on_canvas: OnCanvas | None = None) -> AnyJob: ...
+
+    def submit(self, request: AnyRequest, on_canvas: OnCanvas | None = None) -> AnyJob:
         """Queue a request; an open one of the same document is superseded.
 
-        A request in the background supersedes no other. An unloaded model is loaded again.
+        A request in the background supersedes no other. An unloaded model is loaded again; who
+        asks during a switch waits for the next model.
 
         Raises:
             Loading: the model is not there yet; ModelError: it never will be.
             Busy: the queue is full.
         """
-        if self.failure is not None:
-            # Without its traceback: that would grow, and hold every request, at each raise.
-            raise self.failure.with_traceback(None)
-        if self.state == "loading":
-            raise Loading(f"{self.model_name} is still loading")
-        job = Job(request, on_canvas, self._withdraw)
+        job: AnyJob = Job(request, on_canvas, self._withdraw)
         with self._wake:
+            self._refuse_failed()
+            if self.state == "loading":
+                raise Loading(f"{self.model_name} is still loading")
             if self._closing:
                 raise Busy("the daemon is stopping")
             superseded = self._schedule.add(job)
@@ -180,7 +195,8 @@ class Worker:
             if request is None or self._closing:
                 return
             try:
-                superseded = self._schedule.add(Job(request, None, self._withdraw))
+                prefetch: AnyJob = Job(request, None, self._withdraw)
+                superseded = self._schedule.add(prefetch)
             except Busy:
                 return
             self._counts.totals["prefetches"] += 1
@@ -188,9 +204,37 @@ class Worker:
         for old in superseded:
             self._answer(old, _superseded(old))
 
+    def switch(self, folder: Path | None) -> None:
+        """Load another checkpoint (None: the starter) in place of this one; returns at once.
+
+        Open jobs end first; queued and new ones wait for the new model, which is loaded when the
+        old one is gone. Where it cannot be loaded the old one is loaded again, and `describe` has
+        the reason as `switch_failure`. The checkpoint that is loaded is read anew.
+
+        Raises:
+            Busy: it is switching already, or stopping. ModelError: the engine broke.
+        """
+        with self._wake:
+            if self._is_broken:
+                self._refuse_failed()
+            if self._closing:
+                raise Busy("the daemon is stopping")
+            self._resident.switch(folder)
+            self._wake.notify_all()
+
+    def unload(self) -> None:
+        """Give the model's memory back once no job is open; the next job loads it again."""
+        with self._wake:
+            self._resident.unload_soon()
+            self._wake.notify_all()
+
     def describe(self) -> dict[str, object]:
-        """What is loaded, for people and for `/v1/models`."""
-        return self._resident.describe()
+        """What is loaded, for people and for `/v1/models`.
+
+        During a switch `state` is `switching` and `switching_to` names the next model.
+        """
+        with self._wake:
+            return self._resident.describe()
 
     def stats(self) -> dict[str, object]:
         """Counts since the start and times of the last jobs, in ms.
@@ -202,7 +246,12 @@ class Worker:
         with self._wake:
             queued, running = len(self._schedule.waiting), len(self._schedule.live)
             self._counts.totals["loads"] = self._resident.loads
-            return {"queued": queued, "running": running, **self._counts.report()}
+            now = {
+                "queued": queued,
+                "running": running,
+                "switching": self._resident.is_switching,
+            }
+            return now | self._counts.report()
 
     def close(self) -> None:
         """Stop after the running turn; every open job ends with Cancelled."""
@@ -217,7 +266,12 @@ class Worker:
             if thread is not None and thread.is_alive():
                 thread.join()
 
-    def _withdraw(self, job: Job) -> None:
+    def _refuse_failed(self) -> None:
+        if self.failure is not None and self.state == "failed":
+            # Without its traceback: that would grow, and hold every request, at each raise.
+            raise self.failure.with_traceback(None)
+
+    def _withdraw(self, job: AnyJob) -> None:
         """End a job that has not begun; one that runs ends at its next check."""
         with self._wake:
             if not self._schedule.withdraw(job):
@@ -238,7 +292,9 @@ class Worker:
 
     def _fail(self, error: InfilldError) -> None:
         with self._wake:
+            self._is_broken = True
             self._resident.failure, self._resident.state = error, "failed"
+            self._clock.stop()
         self._lose(error)
 
     def _lose(self, error: InfilldError) -> None:
@@ -253,27 +309,25 @@ class Worker:
         while True:
             self._rounds.sweep()
             with self._wake:
-                if self.failure is not None:
-                    self._clock.stop()
-                    return False
                 if self._closing and not self._schedule.live:
                     return False
+                self._schedule.is_held = self._resident.is_switching
                 engine = self._resident.engine
                 if engine is not None:
                     for job in self._schedule.admit():
                         self._rounds.begin(engine, job)
                     if self._schedule.turn():
                         return True
-                elif self._schedule.waiting:
+                elif self._schedule.waiting and not self._resident.is_switching:
                     self._resident.load_soon()
+                # It may be about to go.
                 del engine
-                left_s = None if self._rounds.runs else self._resident.idle_left_s()
-                if left_s is not None and left_s <= 0:
-                    self._resident.unload()
-                    continue
+                left_s = None
+                if not self._rounds.runs:
+                    left_s = self._resident.rest(is_open=bool(self._schedule.waiting))
                 self._wake.wait(left_s)
 
-    def _ended(self, run: Run, outcome: InfillResult | BaseException) -> None:
+    def _ended(self, run: Run, outcome: AnyResult | BaseException) -> None:
         with self._wake:
             self._resident.used()
         self._answer(run.job, _settled(run, outcome))
@@ -285,32 +339,32 @@ class Worker:
         engine = self._resident.engine
         return 0.0 if engine is None else engine.pace.pass_s / 2
 
-    def _strike(self, job: Job) -> None:
+    def _strike(self, job: AnyJob) -> None:
         self._answer(job, _nothing(job, "deadline", "The deadline struck before the first pass."))
 
-    def _answer(self, job: Job, outcome: InfillResult | BaseException) -> None:
+    def _answer(self, job: AnyJob, outcome: AnyResult | BaseException) -> None:
         """Resolve a job, unless it was answered already."""
         with self._wake:
             if job.is_answered:
                 return
             job.is_answered = True
-            if isinstance(outcome, InfillResult):
+            if isinstance(outcome, AnyResult):
                 if not job.request.background and outcome.reason != "superseded":
                     self._answers.keep(job.request, outcome)
                 self._counts.ended(job.request, outcome.reason, outcome)
             else:
                 told = outcome if isinstance(outcome, InfilldError) else InfilldError
                 self._counts.ended(job.request, told.code, None)
-        if isinstance(outcome, InfillResult):
+        if isinstance(outcome, AnyResult):
             job.future.set_result(outcome)
         else:
             job.future.set_exception(outcome)
 
 
-def _settled(run: Run, outcome: InfillResult | BaseException) -> InfillResult | BaseException:
+def _settled(run: Run, outcome: AnyResult | BaseException) -> AnyResult | BaseException:
     """The answer of a job that has run."""
     job = run.job
-    if isinstance(outcome, InfillResult):
+    if isinstance(outcome, AnyResult):
         timings = replace(
             outcome.timings,
             queue_ms=1e3 * (run.begun_at - job.arrived_at),
@@ -328,9 +382,12 @@ def _settled(run: Run, outcome: InfillResult | BaseException) -> InfillResult | 
     return outcome
 
 
-def _nothing(job: Job, reason: Reason, why: str) -> InfillResult:
-    return InfillResult(id=job.id, seed=job.request.seed or 0, reason=reason, why=why)
+def _nothing(job: AnyJob, reason: Reason, why: str) -> AnyResult:
+    kind: type[InfillResult] | type[ChatResult] = (
+        ChatResult if isinstance(job.request, ChatRequest) else InfillResult
+    )
+    return kind(id=job.id, seed=job.request.seed or 0, reason=reason, why=why)
 
 
-def _superseded(job: Job) -> InfillResult:
+def _superseded(job: AnyJob) -> AnyResult:
     return _nothing(job, "superseded", "A newer request for the same document took over.")

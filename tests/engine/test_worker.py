@@ -1,16 +1,14 @@
 """Jobs: one live a document, cancelled within one pass, nothing left hanging."""
 
-import gc
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny_infill import tiny_config, tiny_infiller, tiny_model
+from worker_at_work import WAIT_S, Gate, request, texts_of
 
 from infilld.engine import resident
 from infilld.engine.errors import (
@@ -27,31 +25,11 @@ from infilld.engine.errors import (
 )
 from infilld.engine.infill import Infiller
 from infilld.engine.passes import CanvasPass
-from infilld.engine.placement import Limits
 from infilld.engine.reading import Reading
 from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult, Span
 from infilld.engine.training.export import export_model
 from infilld.engine.training.vocabulary import save_vocabulary, train_vocabulary
 from infilld.engine.worker import MAX_QUEUED, Worker, load_infiller, pick_device
-
-WAIT_S = 20
-
-
-class Gate:
-    """Holds the worker after a pass until it is opened."""
-
-    def __init__(self) -> None:
-        self.reached, self.open, self.passes = threading.Event(), threading.Event(), 0
-
-    def __call__(self, update: CanvasUpdate) -> None:
-        self.passes += 1
-        self.reached.set()
-        assert self.open.wait(WAIT_S)
-
-
-def request(document: str | None = None, **fields: object) -> InfillRequest:
-    known = {"text": "a = \n", "spans": (Span(4, 4),), "seed": 1, "max_tokens": 8}
-    return InfillRequest(document=document, **{**known, **fields})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -287,10 +265,6 @@ def other_texts(count: int) -> list[str]:
 def gap_behind(text: str, document: str | None = None, **more: object) -> InfillRequest:
     at = text.index("=") + 2
     return request(document, text=text, spans=(Span(at, at),), **more)
-
-
-def texts_of(result: InfillResult) -> list[str]:
-    return [each.spans[0].text for each in result.alternatives]
 
 
 def held(worker: Worker, *requests: InfillRequest) -> list[InfillResult]:
@@ -574,129 +548,3 @@ def test_feedback_for_nothing_is_refused_and_not_counted(worker: Worker) -> None
     assert worker.stats()["feedback"] == {}
     # What is only told to be inserted, and is not known, is nothing.
     worker.accepted("nobody", 0, None)
-
-
-# The model comes and goes.
-
-
-class Loads:
-    """Loads tiny models, when it is let to."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun, self.open, self.freed = (threading.Event() for _ in range(3))
-        self.open.set()
-        self.failure: Exception | None = None
-        self.count = 0
-        monkeypatch.setattr(resident, "load_infiller", self)
-        monkeypatch.setattr(resident, "free_memory", self.free)
-
-    def __call__(self, folder: Path, device: str, limits: Limits) -> Infiller:
-        self.begun.set()
-        assert self.open.wait(WAIT_S)
-        if self.failure is not None:
-            raise self.failure
-        self.count += 1
-        return tiny_infiller()
-
-    def free(self) -> None:
-        gc.collect()
-        self.freed.set()
-
-
-@pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> Loads:
-    return Loads(monkeypatch)
-
-
-@pytest.fixture
-def idler(loads: Loads) -> Iterator[Worker]:
-    """A worker whose model was unloaded; the next load is begun only when it is let to."""
-    made = Worker(Path("tiny"), idle_unload_minutes=0.05 / 60)
-    made.start()
-    made.wait_ready(WAIT_S)
-    assert loads.freed.wait(WAIT_S)
-    loads.begun.clear()
-    loads.freed.clear()
-    loads.open.clear()
-    yield made
-    loads.open.set()
-    made.close()
-
-
-def test_an_idle_model_is_dropped_and_loaded_again(loads: Loads) -> None:
-    worker = Worker(Path("tiny"), idle_unload_minutes=0.05 / 60)
-    worker.start()
-    worker.wait_ready(WAIT_S)
-    job = worker.submit(request())
-    first = job.future.result(WAIT_S)
-    engine = worker._resident.engine
-    model = None if engine is None else weakref.ref(engine.model)
-    del engine
-    assert loads.freed.wait(WAIT_S)
-    assert model is None or model() is None
-    told = worker.describe()
-    assert (worker.state, told["state"], told["memory_bytes"]) == ("unloaded", "unloaded", 0)
-    assert told["canvas_tokens"] == 128
-    again = worker.submit(request()).future.result(WAIT_S)
-    assert texts_of(again) == texts_of(first)
-    assert worker.stats()["loads"] == loads.count == 2
-    assert again.timings.queue_ms > 0
-    worker.close()
-
-
-def test_a_job_waits_for_the_model_to_be_loaded_again(idler: Worker, loads: Loads) -> None:
-    job = idler.submit(request())
-    assert loads.begun.wait(WAIT_S)
-    assert (idler.state, job.future.done()) == ("unloaded", False)
-    loads.open.set()
-    assert job.future.result(WAIT_S).reason in ("ok", "empty")
-
-
-def test_a_deadline_strikes_while_the_model_is_loaded_again(idler: Worker, loads: Loads) -> None:
-    job = idler.submit(request(deadline_ms=20))
-    assert job.future.result(WAIT_S).reason == "deadline"
-    assert not loads.open.is_set()
-
-
-def test_a_job_is_cancelled_while_the_model_is_loaded_again(idler: Worker, loads: Loads) -> None:
-    job = idler.submit(request())
-    assert loads.begun.wait(WAIT_S)
-    job.cancel()
-    with pytest.raises(Cancelled):
-        job.future.result(0)
-
-
-def test_closing_while_the_model_is_loaded_again_answers_at_once(
-    idler: Worker, loads: Loads
-) -> None:
-    job = idler.submit(request())
-    assert loads.begun.wait(WAIT_S)
-    closing = threading.Thread(target=idler.close)
-    closing.start()
-    with pytest.raises(Cancelled):
-        job.future.result(WAIT_S)
-    loads.open.set()
-    closing.join(WAIT_S)
-    assert not closing.is_alive()
-
-
-def test_a_model_that_cannot_be_loaded_again_is_tried_at_the_next_request(
-    idler: Worker, loads: Loads
-) -> None:
-    loads.failure = NotEnoughMemory("somebody else has it")
-    loads.open.set()
-    with pytest.raises(NotEnoughMemory):
-        idler.submit(request()).future.result(WAIT_S)
-    loads.failure = None
-    assert idler.submit(request()).future.result(WAIT_S).reason in ("ok", "empty")
-
-
-def test_only_large_models_of_a_gpu_are_dropped_unless_told() -> None:
-    def after_s(device: str, gib: float, wish: Any) -> float:
-        model = SimpleNamespace(device=torch.device(device), nbytes=int(gib * 2**30))
-        return resident._idle_s(SimpleNamespace(model=model), wish)  # type: ignore[arg-type]
-
-    assert after_s("cpu", 40, "auto") == after_s("cuda", 0.9, "auto") == 0
-    assert after_s("cuda", 1, "auto") == 15 * 60
-    assert after_s("cpu", 0.1, 2.0) == 120
-    assert after_s("cuda", 40, 0.0) == 0
