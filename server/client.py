@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from infilld.server import wire
+from infilld.server.discovery import UNIX
 
 if TYPE_CHECKING:
     import httpx
@@ -40,8 +41,8 @@ class ServerProblem(Exception):
 class Client:
     """Blocking client of one daemon.
 
-    `token` is empty where the daemon asks for none; `timeout_s` bounds each silence, not a whole
-    stream.
+    `url` is `http://host:port`, or `unix:` and the path of its socket; `token` is empty where the
+    daemon asks for none; `timeout_s` bounds each silence, not a whole stream.
     """
 
     def __init__(self, url: str, token: str, *, timeout_s: float = 120.0) -> None:
@@ -120,7 +121,7 @@ class Client:
         if self._opened is None:
             import httpx
 
-            transport = httpx.HTTPTransport(verify=False)
+            transport = httpx.HTTPTransport(verify=False, uds=self._options.socket)
             self._opened = httpx.Client(transport=transport, **self._options.shared())
         return self._opened
 
@@ -204,7 +205,7 @@ class AsyncClient:
         if self._opened is None:
             import httpx
 
-            transport = httpx.AsyncHTTPTransport(verify=False)
+            transport = httpx.AsyncHTTPTransport(verify=False, uds=self._options.socket)
             self._opened = httpx.AsyncClient(transport=transport, **self._options.shared())
         return self._opened
 
@@ -220,7 +221,9 @@ class AsyncClient:
 
 class _Options:
     def __init__(self, url: str, token: str, timeout_s: float) -> None:
-        self._url, self._token, self._timeout_s = url, token, timeout_s
+        self._token, self._timeout_s = token, timeout_s
+        self.socket = url.removeprefix(UNIX) if url.startswith(UNIX) else None
+        self._url = url if self.socket is None else "http://localhost"
 
     def shared(self) -> dict[str, Any]:
         import httpx

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from infilld.server import files, ports, token
+from infilld.server.connection import Connection
 from infilld.server.discovery import (
     API,
     DaemonProblem,
@@ -61,7 +62,7 @@ def serve(
         _hold(lock, settings)
         address = address_file(settings)
         address.unlink(missing_ok=True)  # left by one that did not end cleanly
-        with ports.listen(settings.host, settings.port) as listening:
+        with ports.door(settings) as listening:
             from infilld.server.app import create_app
 
             app = create_app(
@@ -91,7 +92,7 @@ class Listener(uvicorn.Server):
                 app,
                 log_config=None,
                 log_level=settings.log_level,
-                access_log=settings.log_level == "debug",
+                http=Connection,
                 server_header=False,
                 ws="none",
                 timeout_graceful_shutdown=_GRACE_S,

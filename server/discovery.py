@@ -10,6 +10,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,9 @@ from infilld.server.settings import Problem, Settings
 
 API = 1
 """Version of the shapes; daemons and clients with unequal numbers do not talk."""
+
+UNIX = "unix:"
+"""What an address begins with that is the path of a Unix socket."""
 
 # -P: the folder we stand in must not shadow a package.
 COMMAND = (sys.executable, "-P", "-m", "infilld.server", "serve")
@@ -45,7 +49,10 @@ class DaemonProblem(Problem):
 
 @dataclass(frozen=True)
 class Daemon:
-    """A daemon that listens; its model may still be loading. `token` is empty when it has none."""
+    """A daemon that listens; its model may still be loading.
+
+    `url` is `http://host:port`, or `unix:` and a path. `token` is empty when it has none.
+    """
 
     url: str
     token: str
@@ -194,10 +201,19 @@ def is_locked(path: Path) -> bool:
 def _read_address(settings: Settings) -> Daemon | None:
     try:
         got = json.loads(address_file(settings).read_bytes())
-        token = settings.token_file.read_text().strip() if settings.token_file.exists() else ""
-        return Daemon(str(got["url"]), token, int(got["pid"]), int(got["api"]), str(got["version"]))
+        url, version = str(got["url"]), str(got["version"])
+        return Daemon(url, _token(settings), int(got["pid"]), int(got["api"]), version)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _token(settings: Settings) -> str:
+    """The token; empty where there is none that a header could hold: the daemon will say so."""
+    try:
+        token = settings.token_file.read_bytes()[:1024].decode("ascii").strip()
+    except (OSError, ValueError):
+        return ""
+    return token if token.isprintable() else ""
 
 
 def _answers(daemon: Daemon) -> bool:
@@ -207,10 +223,7 @@ def _answers(daemon: Daemon) -> bool:
 
 def _get(daemon: Daemon, path: str) -> Any:
     """The JSON at a path of the daemon; None when nothing of the kind answers."""
-    where = urlsplit(daemon.url)
-    link = http.client.HTTPConnection(
-        where.hostname or "", where.port or 0, timeout=_HEALTH_TIMEOUT_S
-    )
+    link = _link(daemon.url)
     try:
         headers = {"Authorization": f"Bearer {daemon.token}"} if daemon.token else {}
         link.request("GET", path, headers=headers)
@@ -219,6 +232,26 @@ def _get(daemon: Daemon, path: str) -> Any:
         return None
     finally:
         link.close()
+
+
+def _link(url: str) -> http.client.HTTPConnection:
+    if url.startswith(UNIX):
+        return _UnixConnection(url.removeprefix(UNIX))
+    where = urlsplit(url)
+    return http.client.HTTPConnection(
+        where.hostname or "", where.port or 0, timeout=_HEALTH_TIMEOUT_S
+    )
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_HEALTH_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
 
 
 def _retire(daemon: Daemon) -> None:

@@ -82,7 +82,8 @@ def _daemon(wanted: Settings) -> str:
         pid = discovery.running_pid(wanted)
         if pid is not None:
             raise Problem(f"process {pid} does not answer", remedy="infilld stop")
-        ports.listen(wanted.host, wanted.port).close()
+        with ports.door(wanted):
+            pass
         return f"stopped; port {wanted.port} is free"
     with Client(found.url, found.token, timeout_s=5.0) as client:
         stats = client.stats()

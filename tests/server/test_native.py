@@ -37,7 +37,7 @@ def post(server: LiveServer, body: object, path: str = "/v1/infill") -> httpx.Re
 def error_of(got: httpx.Response) -> dict[str, str]:
     content = got.json()
     assert set(content) == {"error"}
-    assert set(content["error"]) == {"code", "message", "remedy"}
+    assert set(content["error"]) == {"code", "message", "remedy", "type", "param"}
     error: dict[str, str] = content["error"]
     return error
 
