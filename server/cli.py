@@ -7,13 +7,22 @@ import argparse
 import json
 import os
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any
 
-from infilld.server import discovery, evaluate, fill, models, settings, token, train
-from infilld.server.client import Client, ServerProblem
+from infilld.server import (
+    evaluate,
+    fill,
+    logs,
+    models,
+    operate,
+    overview,
+    service,
+    settings,
+    token,
+    train,
+)
+from infilld.server.client import ServerProblem
 from infilld.server.document import PositionProblem
 from infilld.server.flags import MANY, whole
 from infilld.server.settings import Problem, Settings, SettingsProblem
@@ -61,14 +70,14 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         return made
 
     fill.add_flags(verb("fill", fill.run, "fill gaps, rewrite or repair selections"))
-    verb("serve", _serve, "run the daemon in the foreground")
-    verb("stop", _stop, "stop the daemon")
+    operate.add_serve_flags(verb("serve", operate.serve, "run the daemon"))
+    verb("stop", operate.stop, "stop the daemon")
     token.add_flags(verb("token", token.run, "say where the token is, print it, or change it"))
-    _add_json(verb("status", _status, "say whether the daemon runs"))
-    logs = verb("logs", _logs, "print the end of the daemon's log")
-    logs.add_argument(
-        "-n", "--lines", type=whole(0, MANY), default=100, metavar="N", help="how many lines"
-    )
+    _add_json(verb("status", overview.status, "say whether the daemon runs"))
+    overview.add_why_flags(verb("why", overview.why, "say why the last answers are as they are"))
+    _add_json(verb("stats", overview.stats, "print what is kept of answers: counts and times"))
+    logs.add_flags(verb("logs", logs.run, "print the end of the daemon's log"))
+    service.add_flags(verb("service", service.run, "have the system start the daemon"))
     # Only listed here: main has handled it already.
     verbs.add_parser("lsp", help="the bridge for editors, on stdin and stdout")
     models.add_flags(verb("models", models.run, "what is configured, what a checkpoint holds"))
@@ -114,91 +123,6 @@ def _become_bridge(words: Sequence[str]) -> None:
     os.execv(sys.executable, [sys.executable, "-P", "-m", "infilld.lsp", *words])
 
 
-def _serve(options: argparse.Namespace, wanted: Settings) -> int:
-    import logging
-
-    logging.basicConfig(
-        level=wanted.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    _wait_passively()
-    from infilld.server import daemon
-
-    daemon.serve(wanted, _make_worker)
-    return DONE
-
-
-def _make_worker(wanted: Settings) -> Any:
-    from infilld.engine.worker import Worker
-
-    return Worker(
-        wanted.model_folder,
-        device=wanted.device,
-        idle_unload_minutes=wanted.idle_unload_minutes,
-        limits=models.limits_of(wanted),
-    )
-
-
-def _wait_passively() -> None:
-    # Read when torch is loaded.
-    for name, value in discovery.WAITING.items():
-        os.environ.setdefault(name, value)
-
-
-def _stop(options: argparse.Namespace, wanted: Settings) -> int:
-    was_running = discovery.stop(wanted)
-    sys.stdout.write("stopped\n" if was_running else "no daemon was running\n")
-    return DONE
-
-
-def _status(options: argparse.Namespace, wanted: Settings) -> int:
-    told = _told(wanted)
-    if options.json:
-        sys.stdout.write(json.dumps(told) + "\n")
-    else:
-        for name, value in told.items():
-            sys.stdout.write(f"{name:<12}{'-' if value is None else value}\n")
-    return DONE
-
-
-def _told(wanted: Settings) -> dict[str, object]:
-    """What `status` prints; model and device are those configured until a daemon says its own."""
-    told: dict[str, object] = {
-        "state": "stopped",
-        "pid": discovery.running_pid(wanted),
-        "url": None,
-        "token_file": str(wanted.token_file),
-        "model": wanted.model,
-        "device": wanted.device,
-        "loaded": False,
-    }
-    found = discovery.find(wanted)
-    if found is None:
-        return told | {"state": "starting"} if told["pid"] is not None else told
-    with Client(found.url, found.token, timeout_s=5.0) as client:
-        entry = client.models()[0]
-        # Ready is also a daemon that has to load its model again first.
-        is_loaded = client.health().state == "ready" and entry.get("state") != "unloaded"
-    return told | {
-        "state": "running",
-        "pid": found.pid,
-        "url": found.url,
-        "model": entry["model"],
-        "device": entry.get("device", wanted.device),
-        "loaded": is_loaded,
-    }
-
-
-def _logs(options: argparse.Namespace, wanted: Settings) -> int:
-    try:
-        with wanted.log_file.open(encoding="utf-8", errors="replace") as log:
-            sys.stdout.writelines(deque(log, maxlen=options.lines))
-    except FileNotFoundError:
-        sys.stderr.write(f"infilld: no log at {wanted.log_file}\n")
-    return DONE
-
-
 def _doctor(options: argparse.Namespace, wanted: Settings) -> int:
     from infilld.server import doctor
 
@@ -206,17 +130,17 @@ def _doctor(options: argparse.Namespace, wanted: Settings) -> int:
 
 
 def _train(options: argparse.Namespace, wanted: Settings) -> int:
-    _wait_passively()
+    operate.wait_passively()
     return train.run(options, wanted)
 
 
 def _eval(options: argparse.Namespace, wanted: Settings) -> int:
-    _wait_passively()
+    operate.wait_passively()
     return evaluate.run(options, wanted)
 
 
 def _bench(options: argparse.Namespace, wanted: Settings) -> int:
-    _wait_passively()
+    operate.wait_passively()
     from infilld.engine.bench import format_bench, run_bench
     from infilld.engine.worker import starter_folder
 

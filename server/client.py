@@ -105,6 +105,23 @@ class Client:
         """What is loaded, one record a model."""
         return list(_object(self._send("GET", "/v1/models", {}))["data"])
 
+    def recent(self, limit: int) -> dict[str, Any]:
+        """The last answers, newest first, and how many have each reason.
+
+        Raises:
+            ServerProblem: as for `infill`.
+        """
+        return _object(self._send("GET", f"/v1/recent?limit={limit}", {}))
+
+    def switch(self, model: str) -> None:
+        """Have another model loaded; `models` tells when it is, or `switch_failure`.
+
+        Raises:
+            ServerProblem: `busy`: it is switching already; `unsupported`: the engine has no choice
+                of models; or as for `infill`.
+        """
+        self._send("POST", "/v1/model", _json(wire.SwitchRequest(model=model)), accept=(202,))
+
     def close(self) -> None:
         """Close the connections; harmless twice."""
         if self._opened is not None:
@@ -285,7 +302,7 @@ def _body(request: wire.InfillRequest, is_streamed: bool) -> dict[str, Any]:
     return _json(request.model_copy(update={"stream": is_streamed}))
 
 
-def _json(body: wire.InfillRequest | wire.Feedback) -> dict[str, Any]:
+def _json(body: wire.InfillRequest | wire.Feedback | wire.SwitchRequest) -> dict[str, Any]:
     return {"content": body.to_json(), "headers": {"Content-Type": "application/json"}}
 
 

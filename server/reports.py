@@ -12,7 +12,7 @@ from infilld.server.jobs import Jobs
 from infilld.server.metrics import Metrics
 from infilld.server.statistics import Statistics
 
-_NOT_KEPT: dict[str, object] = {"state": "disabled", "why": "None were asked for."}
+_NOT_KEPT: dict[str, object] = {"state": "disabled", "why": "None are asked for."}
 
 
 def router(jobs: Jobs, counted: Metrics, statistics: Statistics | None) -> APIRouter:

@@ -337,6 +337,7 @@ def test_status_has_exactly_the_documented_keys(
         "model": "fake",
         "device": "cpu",
         "loaded": True,
+        "page": f"{server.url}/",
     }
 
 
@@ -374,6 +375,7 @@ def test_status_and_stop_without_a_daemon(
         "model": "starter",
         "device": "auto",
         "loaded": False,
+        "page": None,
     }
     assert cli.main(["stop"]) == 0
     assert cli.main(["logs"]) == 0

@@ -7,11 +7,11 @@ import sys
 
 from fake_worker import FakeWorker
 
-from infilld.server import cli, daemon
+from infilld.server import cli, daemon, operate
 
 
 def main() -> int:
-    cli._make_worker = lambda wanted: FakeWorker()
+    operate.make_worker = lambda wanted: FakeWorker()
     publish = daemon._publish
 
     def announce(*told: object) -> None:
