@@ -23,6 +23,7 @@ from infilld.server.guard import Guard
 from infilld.server.jobs import Jobs, Worker
 from infilld.server.metrics import Metrics
 from infilld.server.outcomes import Records
+from infilld.server.page import page
 from infilld.server.recent import Recent
 from infilld.server.statistics import Statistics
 from infilld.server.token import TokenFile
@@ -73,6 +74,7 @@ def create_app(
     openapi.install(app)
     app.include_router(native.router(jobs))
     app.include_router(health.router(jobs))
+    app.include_router(page.router())
     for dialect in (openai, mistral, mercury, chat, llamacpp, ollama, ollama_models):
         app.include_router(dialect.router(jobs))
     app.include_router(reports.router(jobs, counted, statistics))

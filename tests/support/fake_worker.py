@@ -17,6 +17,7 @@ from infilld.engine.conversation import ChatAnswer, ChatRequest, ChatResult, Cha
 from infilld.engine.errors import Busy, Cancelled, InfilldError, Loading, UnknownId
 from infilld.engine.request import (
     Alternative,
+    CanvasToken,
     CanvasUpdate,
     DraftSpan,
     InfillRequest,
@@ -237,7 +238,32 @@ def _update(job: FakeJob, asked: InfillRequest, seq: int, draft: str | list[str]
         pairs = zip(text, _for_span(after[0], number) if after else text, strict=False)
         settled = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         spans.append(DraftSpan(text, settled))
-    return CanvasUpdate(seq=seq, canvas=0, passes=seq + 1, spans=tuple(spans))
+    tokens = _tokens(asked, spans, after) if asked.shows_tokens else ()
+    return CanvasUpdate(seq=seq, canvas=0, passes=seq + 1, spans=tuple(spans), tokens=tokens)
+
+
+def _tokens(
+    asked: InfillRequest, drafts: Sequence[DraftSpan], after: Sequence[str | list[str]]
+) -> tuple[CanvasToken, ...]:
+    """Every span's words, a filler, and what stands behind it.
+
+    A word that the next canvas shares is accepted, and settled where it is part of what is final.
+    """
+    tokens: list[CanvasToken] = []
+    for number, (span, draft) in enumerate(zip(asked.spans, drafts, strict=True)):
+        later = _words(_for_span(after[0], number)) if after else []
+        end = 0
+        for place, word in enumerate(_words(draft.text)):
+            end += len(word)
+            if end <= draft.settled:
+                tokens.append(CanvasToken(word, 0.05, "settled", number))
+            elif later[place : place + 1] == [word]:
+                tokens.append(CanvasToken(word, 0.75, "accepted", number))
+            else:
+                tokens.append(CanvasToken(word, 3.5, "noise", number))
+        tokens.append(CanvasToken("", 0.5, "accepted", number, is_filler=True))
+        tokens.append(CanvasToken(asked.text[span.end : span.end + 8], 0.0, "given"))
+    return tuple(tokens)
 
 
 def _result(job: FakeJob) -> InfillResult | ChatResult:
@@ -277,5 +303,9 @@ def _result(job: FakeJob) -> InfillResult | ChatResult:
 
 def _fill(start: int, end: int, text: str) -> SpanFill:
     """A fill whose tokens are its words."""
-    words = [word for word in text.replace(" ", " \0").split("\0") if word]
-    return SpanFill(start, end, text, 0.9, tuple(ScoredToken(word, -0.25) for word in words))
+    scored = tuple(ScoredToken(word, -0.25) for word in _words(text))
+    return SpanFill(start, end, text, 0.9, scored)
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.replace(" ", " \0").split("\0") if word]
