@@ -38,15 +38,17 @@ def create_app(
     statistics: Statistics | None = None,
     allowed_hosts: Collection[str] = (),
     limits: Limits | None = None,
+    log_prompts: bool = False,
 ) -> FastAPI:
     """The application over a worker, which it starts and closes.
 
-    `token`, `allowed_hosts` and `limits` are those of `Guard`. `statistics` are begun and closed
-    with it; None: none are kept. `app.state.jobs` are the live jobs.
+    `token`, `allowed_hosts` and `limits` are those of `Guard`, `log_prompts` that of `Jobs`.
+    `statistics` are begun and closed with it; None: none are kept. `app.state.jobs` are the live
+    jobs.
     """
     last, counted = Recent(), Metrics()
     kept = [] if statistics is None else [statistics]
-    jobs = Jobs(worker, Records([last, counted, *kept]))
+    jobs = Jobs(worker, Records([last, counted, *kept]), log_prompts=log_prompts)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

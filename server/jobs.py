@@ -6,9 +6,13 @@ is told of every job that ends.
 """
 
 import asyncio
+import json
+import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
@@ -21,6 +25,11 @@ AnyRequest = InfillRequest | ChatRequest
 AnyResult = InfillResult | ChatResult
 AnyUpdate = CanvasUpdate | ChatUpdate
 Event = Literal["shown", "inserted", "partly", "dismissed", "retained"]
+
+log = logging.getLogger(__name__)
+
+MOST_UNREAD = 16
+"""Updates of a job that wait for its reader; each has the whole text, so older ones may go."""
 
 U = TypeVar("U", CanvasUpdate, ChatUpdate)
 R = TypeVar("R", InfillResult, ChatResult)
@@ -123,7 +132,9 @@ class LiveJob(Generic[U, R]):
 
     def __init__(self, worker: Worker, request: AnyRequest, *, with_updates: bool) -> None:
         self._loop = asyncio.get_running_loop()
-        self._inbox: asyncio.Queue[U | None] = asyncio.Queue()
+        self._unread: deque[U] = deque()
+        self._news = asyncio.Event()
+        self._is_over = False
         self._job = worker.submit(request, self._deliver if with_updates else None)
         self._job.future.add_done_callback(lambda _: self._deliver(None))
         self.id = self._job.id
@@ -131,12 +142,27 @@ class LiveJob(Generic[U, R]):
     def _deliver(self, update: U | None) -> None:
         # The engine's thread may speak once more after the loop has closed.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._inbox.put_nowait, update)
+            self._loop.call_soon_threadsafe(self._take, update)
+
+    def _take(self, update: U | None) -> None:
+        if update is None:
+            self._is_over = True
+        else:
+            self._unread.append(update)
+        if len(self._unread) > MOST_UNREAD:
+            self._unread[1] = _after(self._unread[0], self._unread[1])
+            self._unread.popleft()
+        self._news.set()
 
     async def updates(self) -> AsyncIterator[U]:
-        """Yield every update until the result is there."""
-        while (update := await self._inbox.get()) is not None:
-            yield update
+        """Yield updates until the result is there; who reads slowly misses older ones."""
+        while True:
+            while self._unread:
+                yield self._unread.popleft()
+            if self._is_over:
+                return
+            self._news.clear()
+            await self._news.wait()
 
     async def result(self) -> R:
         """Wait for the result.
@@ -177,10 +203,14 @@ class Jobs:
 
     Args:
         worker: runs them. observer: is told how they end.
+        log_prompts: what is asked and answered is written to the log, source text and all.
     """
 
-    def __init__(self, worker: Worker, observer: Observer | None = None) -> None:
+    def __init__(
+        self, worker: Worker, observer: Observer | None = None, *, log_prompts: bool = False
+    ) -> None:
         self.worker = worker
+        self._log_prompts = log_prompts
         self.observer: Observer = observer or NoObserver()
         self._live: set[AnyJob] = set()
         self._is_ending = False
@@ -224,6 +254,9 @@ class Jobs:
             raise
         logs.job_id.set(job.id)
         job.on_end(lambda outcome: observer.answered(job.id, route, request, outcome))
+        if self._log_prompts:
+            log.info("%s %s asks %s", job.id, route, _written(request))
+            job.on_end(lambda outcome: log.info("%s gets %s", job.id, _written(outcome)))
         self._live.add(job)
         return job
 
@@ -250,3 +283,14 @@ class Jobs:
         self._is_ending = True
         for job in self._live:
             job.cancel()
+
+
+def _after(dropped: Any, update: Any) -> Any:
+    """The update behind one that nobody read: it tells too that settled text was taken back."""
+    return replace(update, revised=True) if getattr(dropped, "revised", False) else update
+
+
+def _written(record: AnyRequest | AnyResult | BaseException) -> str:
+    if isinstance(record, BaseException):
+        return repr(record)
+    return json.dumps(asdict(record), ensure_ascii=False, default=str)

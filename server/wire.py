@@ -219,8 +219,9 @@ class CanvasToken(_Reply):
 class CanvasEvent(_Reply):
     """Data of `event: canvas`: the hypothesis that is best now.
 
-    `seq` counts events from 0, `canvas` the canvases of a long answer; `passes` (`pass` on the
-    wire) counts the forwards done on this canvas. `revised` says that settled text was taken back.
+    `seq` counts events from 0, also those that a slow reader is spared; `canvas` the canvases of a
+    long answer; `passes` (`pass` on the wire) the forwards done on this canvas. `revised` says that
+    settled text was taken back.
     `tokens` are there for requests with `show_tokens`.
     """
 
