@@ -80,7 +80,6 @@ def serve(
                 token=token.prepare(settings.token_file) if settings.auth else None,
                 allowed_hosts=settings.allowed_hosts,
                 log_prompts=settings.log_prompts,
-                log_prompts=settings.log_prompts,
             )
 
             def publish(listener: Listener) -> None:
