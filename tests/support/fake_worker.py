@@ -86,6 +86,8 @@ class FakeWorker:
         self.jobs: list[FakeJob] = []
         self.told: list[tuple[str, str, int, int | None]] = []
         self.switched: list[Path | None] = []
+        # What `describe` says beside, or in place of, the usual.
+        self.facts: dict[str, object] = {}
         self._capacity = capacity
         self._is_open = threading.Event()
         self._is_open.set()
@@ -163,6 +165,7 @@ class FakeWorker:
             "memory_bytes": 0,
             "canvas_tokens": 256,
             "max_tokens": 4096,
+            **self.facts,
         }
 
     def stats(self) -> dict[str, object]:
