@@ -264,6 +264,7 @@ def _about(engine: Infiller) -> dict[str, object]:
         "memory_bytes": model.nbytes,
         "canvas_tokens": model.config.canvas_tokens,
         "prompt_tokens": engine.prompt_tokens,
+        "follows_instructions": engine.layout.follows_instructions,
     }
 
 
