@@ -303,7 +303,7 @@ def test_text_is_never_markup(page: Page, server: LiveServer) -> None:
         "showToken(run, document.querySelector('#canvas .t'), "
         "{text: '\\u202e<b>\\n', state: 'noise', entropy: 1}, 0)"
     )
-    assert page.text("#canvas .t") == "⟨202E⟩<b>⏎"
+    assert page.text("#canvas .t") == "⟨202E⟩<b>↵"
     page.run("document.querySelector('#preview').focus()")
     page.press("Enter")
     assert value(page) == HOSTILE + MARKUP + "\N{RIGHT-TO-LEFT OVERRIDE}"
