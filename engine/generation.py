@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from infilld.engine.config import SamplerConfig
 from infilld.engine.conversation import ChatAnswer, ChatRequest, ChatResult, ChatUpdate
+from infilld.engine.matching import GrammarTokens
 from infilld.engine.pace import Pace
 from infilld.engine.passes import CanvasModel, Work, together
 from infilld.engine.prefixes import PrefixPool
@@ -80,6 +81,7 @@ class Converser:
     ) -> None:
         self._model, self._tokenizer, self._sampler = model, tokenizer, sampler
         self._layout, self._prefixes = layout, prefixes
+        self._tokens = GrammarTokens(tokenizer, model.config.vocab_tokens)
         # Its own: canvases are larger than those of gaps, and nothing is scored behind them.
         self._pace = Pace()
 
@@ -88,7 +90,8 @@ class Converser:
 
         Raises:
             ContextTooLong: the conversation does not fit. Unsupported: more than the loaded model
-            can do. RequestError: its template refuses the conversation.
+            can do. RequestError: its template refuses the conversation. BadGrammar: see
+            `refuse_bad`.
             ModelError: the model's output means nothing.
         """
         started = time.monotonic()
@@ -137,6 +140,10 @@ class Converser:
         self, request: ChatRequest, hooks: "Hooks", prompt: TurnPrompt, seed: int, *, is_shown: bool
     ) -> Writer:
         max_tokens = request.max_tokens or prompt.most_tokens
+        matching = None if request.grammar is None else self._tokens.start(request.grammar)
+        stop = (*request.stop, *(prompt.closing if matching is None else ()))
+        # A text under a grammar counts its own tokens: it may end with the last one.
+        bound = max_tokens if matching is None else None
         teller = None
         if is_shown and hooks.on_canvas is not None:
             teller = _Teller(cast(Callable[[ChatUpdate], None], hooks.on_canvas))
@@ -147,12 +154,12 @@ class Converser:
             prefixes=self._prefixes,
             pace=self._pace,
             prompt=prompt,
-            transcript=Transcript(
-                self._tokenizer, prompt, (*request.stop, *prompt.closing), max_tokens
-            ),
+            transcript=Transcript(self._tokenizer, prompt, stop, bound),
             seed=seed,
             greedy=request.greedy,
             max_tokens=max_tokens,
+            grammar=matching,
+            thinks_first=request.think,
             watching=Watching(
                 on_step=None if teller is None else teller.step,
                 on_canvas=None if teller is None else teller.committed,

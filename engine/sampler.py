@@ -102,12 +102,12 @@ def denoise_step(
         draws=None if greedy else draws,
     )
     reading = read_logits(logits, ask)
-    _refuse_unfinite(reading.entropy_nats.isfinite().all(), index)
+    refuse_unfinite(reading.entropy_nats.isfinite().all(), index)
     vocab = logits.shape[-1]
-    return _next_canvas(reading, index, config, draws, vocab, pins=pins, impl=impl)
+    return next_canvas(reading, index, config, draws, vocab, pins=pins, impl=impl)
 
 
-def _next_canvas(
+def next_canvas(
     reading: Reading,
     index: int,
     config: SamplerConfig,
@@ -117,7 +117,7 @@ def _next_canvas(
     pins: Pins | None,
     impl: Literal["gpu", "reference"],
 ) -> Step:
-    """The step that a reading leads to."""
+    """The step that a reading leads to; arguments as of `denoise_step`."""
     rows, tokens = reading.argmax.shape
     taken = accept(
         reading.entropy_nats,
@@ -139,7 +139,12 @@ def _next_canvas(
     )
 
 
-def _refuse_unfinite(is_finite: Tensor, index: int) -> None:
+def refuse_unfinite(is_finite: Tensor, index: int) -> None:
+    """Refuse a step whose entropies were not all finite.
+
+    Raises:
+        ModelError: nothing that follows would mean anything.
+    """
     if not bool(is_finite):
         raise ModelError(
             f"step {index}: the model's logits are not finite",
@@ -240,7 +245,7 @@ def denoising(
                 top=belief_tokens,
             )
             (reading,) = yield [CanvasPass(canvas, cache, belief, ask)]
-        step = _next_canvas(reading, index, config, draws, vocab_tokens, pins=pins, impl=impl)
+        step = next_canvas(reading, index, config, draws, vocab_tokens, pins=pins, impl=impl)
         reading = None
         if result is None:
             result, log_probability = step.argmax, step.log_probability
@@ -255,7 +260,7 @@ def denoising(
         was_late = is_late is not None and is_late()
         is_end = was_late or index + 1 == config.max_steps
         for seen, (was_finite, were_converged, *shown) in polled.seen(is_last=is_end):
-            _refuse_unfinite(was_finite, seen.index)
+            refuse_unfinite(was_finite, seen.index)
             passes = seen.index + 1
             if on_step is not None:
                 argmax, logs, accepted = shown

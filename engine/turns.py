@@ -171,7 +171,8 @@ class SourceTurns:
     What users and systems say becomes comment lines, the code between their fences stays code, and
     answers stand as they are. The prompt is that of an infill at the end of that source, with
     nothing behind it; where it is too long, its beginning is left out. An answer is what the model
-    writes next, up to two blank lines, and one canvas long where nobody says how long.
+    writes next: up to a filler, by which it says that no more text is wanted, or to two blank
+    lines, and one canvas long at most where nobody says how long.
 
     Args:
         layout: of the checkpoint's infills. canvas_tokens: of its canvas.
@@ -187,11 +188,10 @@ class SourceTurns:
             prefix=source, suffix="", language=STARTER_LANGUAGE, path=None, think=think
         )
         prompt = self._layout.write(parts, room_tokens)
+        filler = self._layout.filler
+        ends = frozenset(prompt.ends) | (frozenset() if filler is None else {filler})
         return TurnPrompt(
-            ids=prompt.ids,
-            ends=frozenset(prompt.ends),
-            closing=(_SOURCE_END,),
-            most_tokens=self._canvas_tokens,
+            ids=prompt.ids, ends=ends, closing=(_SOURCE_END,), most_tokens=self._canvas_tokens
         )
 
 

@@ -16,6 +16,8 @@ import torch
 
 from infilld.engine.config import SamplerConfig
 from infilld.engine.draws import SeededDraws
+from infilld.engine.guided import GuidedCanvas, GuidedText, guided_denoising
+from infilld.engine.matching import Matching
 from infilld.engine.pace import Pace
 from infilld.engine.passes import CanvasModel, Work
 from infilld.engine.prefixes import Prefix, PrefixPool
@@ -63,6 +65,8 @@ class Writer:
         prompt: what it follows. transcript: what it is written to. seed: of every draw.
         greedy: accepted positions take the most probable token. watching: see there.
         max_tokens: of the answer, thoughts apart; None: no bound but the context.
+        grammar: a text that has not begun, which the answer is to be; None: it is free.
+        thinks_first: thoughts may come before that text.
         canvases, passes, canvas_tokens, cached_tokens, encode_s: spent so far.
     """
 
@@ -76,6 +80,8 @@ class Writer:
     seed: int
     greedy: bool = False
     max_tokens: int | None = None
+    grammar: Matching | None = None
+    thinks_first: bool = False
     watching: Watching = field(default_factory=Watching)
     canvases: int = field(default=0, init=False)
     passes: int = field(default=0, init=False)
@@ -87,6 +93,9 @@ class Writer:
         """Start the draws."""
         self._draws = SeededDraws(self.seed, self.model.device)
         self._ids = list(self.prompt.ids)
+        self._guided: GuidedText | None = None
+        self._synced = 0
+        self._most_length = self.model.config.canvas_tokens
         room = self.model.context_tokens + self.model.config.canvas_tokens - len(self._ids)
         self._most_thoughts = int(room * _THOUGHT_SHARE)
 
@@ -96,34 +105,112 @@ class Writer:
             while self.transcript.finish is None:
                 if len(self._ids) > self.model.context_tokens:
                     self.transcript.end("length")
-                    return
-                yield from self._canvas()
+                elif self.grammar is None or self._may_think:
+                    yield from self._free_canvas()
+                else:
+                    yield from self._guided_canvas(self.grammar)
         except _Struck:
             self.transcript.end("deadline")
 
-    def _canvas(self) -> Work[None]:
+    @property
+    def _may_think(self) -> bool:
+        return self.transcript.is_thinking or (self.thinks_first and not self.canvases)
+
+    def _free_canvas(self) -> Work[None]:
         """One canvas more."""
         prefix = yield from self._encoded()
         try:
-            if self.watching.is_late(self.pace.needed_s(passes=1)):
-                raise _Struck
+            self._refuse_late()
             denoised = yield from self.pace.passes(self._denoised(prefix, self._length()))
         finally:
             self.prefixes.give_back(prefix)
-        self.passes += denoised.passes
-        self.canvas_tokens += denoised.tokens.shape[1]
-        self.canvases += 1
+        self._count(denoised.passes, denoised.tokens.shape[1])
         tokens: list[int] = denoised.tokens[0].tolist()
-        if not bool(denoised.converged[0]) and self._is_late():
+        is_struck = not bool(denoised.converged[0]) and self._is_late()
+        if is_struck:
             logs: list[float] = denoised.log_probability[0].tolist()
             low = math.log(_KEPT_PROBABILITY)
             tokens = tokens[: next((at for at, log in enumerate(logs) if log < low), len(tokens))]
-            self.transcript.add(tokens)
-            self.transcript.end("deadline")
-        else:
+        if self.grammar is None:
             self._commit(tokens)
+        else:
+            self._commit(self._thoughts_of(tokens))
+        if is_struck:
+            self.transcript.end("deadline")
+        self._tell()
+
+    def _thoughts_of(self, tokens: list[int]) -> list[int]:
+        """Tokens up to the end of the thoughts: what follows is not free; none without thoughts."""
+        marks = self.prompt.marks
+        if marks is None or not (self.transcript.is_thinking or tokens[:1] == [marks.start]):
+            return []
+        return tokens[: tokens.index(marks.end) + 1] if marks.end in tokens else tokens
+
+    def _guided_canvas(self, grammar: Matching) -> Work[None]:
+        """One canvas more of a text under a grammar."""
+        if self._guided is None:
+            room = self.model.context_tokens + self.model.config.canvas_tokens - len(self._ids)
+            most = room if self.max_tokens is None else min(room, self.max_tokens)
+            self._guided = GuidedText(grammar, self.prompt.ends, most)
+        guided = self._guided
+        # What must be written needs no pass.
+        self._sync(guided)
+        if self.transcript.finish is not None:
+            return
+        prefix = yield from self._encoded()
+        try:
+            self._refuse_late()
+            canvas = yield from self.pace.passes(self._guided_passes(prefix, guided))
+        finally:
+            self.prefixes.give_back(prefix)
+            self._sync(guided)
+        self._count(canvas.passes, self._guided_length(guided))
+        if canvas.is_cut:
+            # Model and grammar disagree so often that long canvases are not worth their passes.
+            self._most_length = max(_LEAST_CANVAS, self._most_length // 2)
+            if self._is_late():
+                self.transcript.end("deadline")
+        self._tell()
+
+    def _sync(self, guided: GuidedText) -> None:
+        """Commit what the text under a grammar has gained."""
+        new = guided.tokens[self._synced :]
+        self._synced += len(new)
+        self._ids += new
+        self.transcript.add(new)
+        if guided.is_over:
+            self.transcript.end("stop" if guided.is_ended else "length")
+
+    def _guided_passes(self, prefix: Prefix, guided: GuidedText) -> Work[GuidedCanvas]:
+        vocab, length = self.model.config.vocab_tokens, self._guided_length(guided)
+        return guided_denoising(
+            prefix.cache,
+            self._draws.first_canvas(1, length, vocab).to(self.model.device),
+            self.sampler,
+            self._draws,
+            guided,
+            never_written(self.tokenizer, vocab, self.prompt.ends),
+            greedy=self.greedy,
+            belief_tokens=self.model.belief_tokens,
+            on_step=self._look,
+            is_late=self._is_late,
+        )
+
+    def _guided_length(self, guided: GuidedText) -> int:
+        return min(self._most_length, _canvas_for(guided.left + 1))
+
+    def _count(self, passes: int, positions: int) -> None:
+        self.passes += passes
+        self.canvas_tokens += positions
+        self.canvases += 1
+
+    def _tell(self) -> None:
         if self.watching.on_canvas is not None:
             self.watching.on_canvas()
+
+    def _refuse_late(self) -> None:
+        if self._is_late():
+            raise _Struck
 
     def _commit(self, tokens: list[int]) -> None:
         """What stands on a canvas is written."""
@@ -185,8 +272,7 @@ class Writer:
         if self.max_tokens is None or self.transcript.is_thinking:
             return whole
         # One for the token that ends it.
-        left = self.max_tokens - self.transcript.tokens + 1
-        return min(whole, max(_LEAST_CANVAS, -(-left // _CANVAS_STEP) * _CANVAS_STEP))
+        return min(whole, _canvas_for(self.max_tokens - self.transcript.tokens + 1))
 
     def _bans(self, length: int) -> Bans:
         """No position may take a control token that means nothing here."""
@@ -195,6 +281,11 @@ class Writer:
         row = never_written(self.tokenizer, self.model.config.vocab_tokens, meant)
         places = torch.zeros(length, dtype=torch.int64)
         return Bans(rows=row[None], places=places).to(self.model.device)
+
+
+def _canvas_for(tokens: int) -> int:
+    """Length of a canvas for so many tokens."""
+    return max(_LEAST_CANVAS, -(-tokens // _CANVAS_STEP) * _CANVAS_STEP)
 
 
 def never_written(tokenizer: Tokenizer, vocab_tokens: int, meant: Iterable[int]) -> torch.Tensor:
