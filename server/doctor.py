@@ -84,7 +84,7 @@ def _daemon(wanted: Settings) -> str:
             raise Problem(f"process {pid} does not answer", remedy="infilld stop")
         with ports.door(wanted):
             pass
-        return f"stopped; port {wanted.port} is free"
+        return f"stopped; {wanted.socket or f'port {wanted.port}'} is free"
     with Client(found.url, found.token, timeout_s=5.0) as client:
         stats = client.stats()
     if stats.get("failure"):

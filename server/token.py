@@ -130,12 +130,15 @@ def _read(path: Path) -> str:
     try:
         # A pipe in its place must not make us wait.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise TokenProblem(f"{path} is not a file", remedy=f"Remove it. {_ROTATE}")
-            data = file.read(_MOST_BYTES).strip()
+        try:
+            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            data = os.read(descriptor, _MOST_BYTES).strip() if is_file else b""
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise _unreadable(path, error) from error
+    if not is_file:
+        raise TokenProblem(f"{path} is not a file", remedy=f"Remove it. {_ROTATE}")
     if not _LEGAL.fullmatch(data):
         raise _Malformed(
             f"{path} holds no token: expected {SHORTEST_CHARS} or more letters and digits",
