@@ -24,6 +24,8 @@ from infilld.server.wire import MAX_CONTEXT_ITEMS
 Finish = Literal["stop", "length"]
 
 _LINE = re.compile(r"[^\n]*\n|[^\n]+")
+# The engine's `HEAD_TOKENS`, which comes with tensors. A gap with more has no place on a canvas.
+PINNED_TOKENS = 16
 # Where the worker does not know its canvas, since nothing is loaded yet.
 _USUAL_CANVAS_TOKENS = 256
 
@@ -138,9 +140,10 @@ class Answered:
 
 
 def canvas_tokens(jobs: Jobs) -> int:
-    """Tokens of a canvas of the loaded model."""
+    """Tokens of a canvas of the loaded model, beside the suffix that is pinned on it."""
     told = jobs.worker.describe().get("canvas_tokens")
-    return told if isinstance(told, int) and told > 0 else _USUAL_CANVAS_TOKENS
+    whole = told if isinstance(told, int) and told > 0 else _USUAL_CANVAS_TOKENS
+    return max(1, whole - PINNED_TOKENS)
 
 
 def wanted_of(jobs: Jobs, asked: Asked) -> InfillRequest:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infilld.engine.canvas import HEAD_TOKENS
 from infilld.engine.errors import BadText, UnknownOption
 from infilld.engine.request import (
     Alternative,
@@ -14,7 +15,7 @@ from infilld.engine.request import (
     SpanFill,
     Usage,
 )
-from infilld.server.compat.asking import Asked, Shaped, shape, shaped
+from infilld.server.compat.asking import PINNED_TOKENS, Asked, Shaped, shape, shaped
 
 TEXTS = st.text(st.sampled_from("ab \t\n\r;"), max_size=20)
 STOPS = st.lists(st.text(st.sampled_from("ab\n;"), min_size=1, max_size=3), max_size=3)
@@ -163,3 +164,7 @@ def test_tokens_of_all_texts_are_counted() -> None:
     got = shaped(asked, asked.to_engine(256), result_of("abcd", "ab"))
     assert [choice.text for choice in got.choices] == ["abcd", "ab"]
     assert got.tokens == 3
+
+
+def test_a_gap_leaves_room_for_what_is_pinned() -> None:
+    assert PINNED_TOKENS == HEAD_TOKENS

@@ -110,7 +110,7 @@ def test_every_field_reaches_the_engine(served: LiveServer) -> None:
     }
     assert post(served, PATH, body).status_code == 200
     wanted = last_asked(served.worker)
-    assert (wanted.max_tokens, wanted.min_tokens) == (256, 2)
+    assert (wanted.max_tokens, wanted.min_tokens) == (240, 2)
     assert (wanted.alternatives, wanted.seed) == (3, 5)
 
 
