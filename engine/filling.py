@@ -19,14 +19,14 @@ from torch import Tensor
 from infilld.engine.canvas import CanvasLayout, Draft, Gap, read_gap
 from infilld.engine.choices import Choice, GapResult
 from infilld.engine.config import SamplerConfig
-from infilld.engine.draft import DraftReader
+from infilld.engine.draft import CanvasDraft, DraftReader
 from infilld.engine.draws import SeededDraws
 from infilld.engine.passes import CanvasModel, CanvasPass, Work, together
 from infilld.engine.plan import CanvasPlan, FillMethod, GapPlan, steps_for
 from infilld.engine.prefixes import Prefix
 from infilld.engine.ranking import Calibration, Candidate, Weighed, place_of, weigh
 from infilld.engine.reading import Ask, Bans, Belief, Reading
-from infilld.engine.request import DraftSpan, Reason
+from infilld.engine.request import Reason
 from infilld.engine.sampler import Denoised, Step, denoising
 from infilld.engine.schedule import temperature
 from infilld.engine.scorer import continue_greedily, score
@@ -57,13 +57,14 @@ class Watch:
     """What a passage's owner gets to see, and how it ends the work early.
 
     Attributes:
-        on_drafts: gets the drafts of all targets, forwards so far, and whether settled text was
-            taken back. on_weighed: gets every candidate of each gap. check: raises to end it.
+        on_drafts: gets the drafts of all targets and forwards so far. shows_tokens: and the
+            tokens. on_weighed: gets every candidate of each gap. check: raises to end it.
         is_late: whether the deadline leaves no time for another pass.
         until: `time.monotonic()` reading of the deadline; None: there is none.
     """
 
-    on_drafts: Callable[[Sequence[DraftSpan], int, bool], None] | None
+    on_drafts: Callable[[CanvasDraft, int], None] | None
+    shows_tokens: bool
     on_weighed: Callable[[list[Weighed]], None]
     check: Callable[[], None]
     is_late: Callable[[], bool]
@@ -122,7 +123,7 @@ class Filling:
         # The sampler's own filler can be forbidden, to see what exact lengths are worth.
         self._filler = None if self.plan.lengths else self.filler
         newlines = [gap.newline for gap in self.plan.gaps]
-        self._reader = DraftReader(self.tokenizer, self._filler, newlines)
+        self._reader = DraftReader(self.tokenizer, self._filler, newlines, self.watch.shows_tokens)
         self._causal: list[Candidate] = []
         self._only_repeats = False
 
@@ -296,8 +297,7 @@ class Filling:
     def _watch(self, step: Step, layout: CanvasLayout, before: int) -> None:
         self.watch.check()
         if self.watch.on_drafts is not None:
-            spans, is_revised = self._reader.read(step, layout)
-            self.watch.on_drafts(spans, before + step.index + 1, is_revised)
+            self.watch.on_drafts(self._reader.read(step, layout), before + step.index + 1)
 
     def _causal_draft(self) -> list[Candidate]:
         """What the encoder writes by itself, as one candidate, or none."""

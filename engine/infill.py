@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from infilld.engine.choices import GapResult, with_choices
 from infilld.engine.config import SamplerConfig
 from infilld.engine.conversation import ChatRequest, ChatResult
+from infilld.engine.draft import CanvasDraft
 from infilld.engine.errors import GapTooLong, UnknownOption
 from infilld.engine.filling import Filling, Watch
 from infilld.engine.follow import Followed, Memory, State
@@ -23,7 +24,7 @@ from infilld.engine.languages import STARTER_LANGUAGE, language_of
 from infilld.engine.layout import layout_of
 from infilld.engine.lines import unix
 from infilld.engine.pace import Pace
-from infilld.engine.passages import Passage, Target, composed, passage_of, targets_of
+from infilld.engine.passages import Passage, Target, passage_of, targets_of
 from infilld.engine.passes import CanvasModel, Work, drive, together
 from infilld.engine.plan import CanvasPlan, FillMethod, Planner
 from infilld.engine.prefixes import PrefixPool
@@ -32,7 +33,6 @@ from infilld.engine.ranking import Calibration, Weighed
 from infilld.engine.repair import doubted, pointed_at
 from infilld.engine.request import (
     CanvasUpdate,
-    DraftSpan,
     InfillRequest,
     InfillResult,
     Span,
@@ -40,6 +40,7 @@ from infilld.engine.request import (
     Usage,
 )
 from infilld.engine.scorer import score
+from infilld.engine.shown import Shown
 from infilld.engine.thinking import thinking
 from infilld.engine.tokenizer import Tokenizer
 
@@ -92,69 +93,15 @@ class _Job:
 
     Attributes:
         request, hooks, seed: see there. language: of the document, as far as it is known.
-        drafts: of every span, as they were shown last. canvases: finished before this one.
-        passes: forwards of those.
+        shown: to whoever watches.
     """
 
     request: InfillRequest
     hooks: Hooks
     seed: int
     language: str | None
-    drafts: list[DraftSpan] = field(init=False)
-    canvases: int = field(default=0, init=False)
-    passes: int = field(default=0, init=False)
+    shown: Shown
     encode_s: float = field(default=0.0, init=False)
-    _updates: int = field(default=0, init=False)
-    _texts: dict[Target, str | None] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        """Nothing is shown yet."""
-        spans = self.request.spans
-        self.drafts = [DraftSpan(self.request.text[s.start : s.end], 0) for s in spans]
-
-    def begin(self, targets: Sequence[Target]) -> None:
-        """These are going to be filled; each stays as it is until it is shown."""
-        self._texts = dict.fromkeys(targets)
-
-    def keep(self, target: Target, text: str | None) -> None:
-        """A target is finished with this text; None: it stays as it is."""
-        self._texts[target] = text
-
-    def show(
-        self, targets: Sequence[Target], drafts: Sequence[DraftSpan], passes: int, revised: bool
-    ) -> None:
-        """Tell who watches what the canvas holds now."""
-        if self.hooks.on_canvas is None:
-            return
-        for target, draft in zip(targets, drafts, strict=True):
-            self._texts[target] = draft.text
-            self.drafts[target.number] = self._composed(target, draft)
-        update = CanvasUpdate(
-            self._updates, self.canvases, self.passes + passes, tuple(self.drafts), revised
-        )
-        self._updates += 1
-        self.hooks.on_canvas(update)
-
-    def settle(self, targets: Sequence[Target], results: Sequence[GapResult], passes: int) -> None:
-        """Take back what was called settled and was not chosen."""
-        drafts, is_revised = [], False
-        for target, result in zip(targets, results, strict=True):
-            shown = self.drafts[target.number]
-            text = result.choices[0].text if result.choices else target.selection
-            settled = shown.text[: shown.settled]
-            is_kept = composed(self.request, target.number, [(target, text)]).startswith(settled)
-            is_revised = is_revised or not is_kept
-            drafts.append(DraftSpan(text, 0))
-        if is_revised:
-            self.show(targets, drafts, passes, True)
-
-    def _composed(self, target: Target, draft: DraftSpan) -> DraftSpan:
-        own = {each: text for each, text in self._texts.items() if each.number == target.number}
-        pieces = sorted(own.items(), key=lambda piece: piece[0].span.start)
-        text = composed(self.request, target.number, pieces)
-        # Of a span in several pieces nothing is settled: they are shown one after another.
-        settled = draft.settled + len(target.start) if draft.settled and len(own) == 1 else 0
-        return DraftSpan(text, min(settled, len(text)))
 
 
 class Infiller:
@@ -215,7 +162,9 @@ class Infiller:
         started = time.monotonic()
         seed = secrets.randbits(63) if request.seed is None else request.seed
         language = language_of(request.path, request.language, unnamed=STARTER_LANGUAGE)
-        job = _Job(request=request, hooks=hooks or Hooks(), seed=seed, language=language)
+        hooks = hooks or Hooks()
+        shown = Shown(request, hooks.on_canvas)
+        job = _Job(request=request, hooks=hooks, seed=seed, language=language, shown=shown)
         result = InfillResult(id=secrets.token_hex(8), seed=seed)
         if "\0" in request.text:
             why = "The text looks binary: it holds NUL characters."
@@ -252,7 +201,7 @@ class Infiller:
         if job.request.warm:
             split = {target: pieces[:1] for target, pieces in split.items()}
         long = {target: pieces for target, pieces in split.items() if len(pieces) > 1}
-        job.begin([piece for pieces in split.values() for piece in pieces])
+        job.shown.begin([piece for pieces in split.values() for piece in pieces])
         short = [target for target in targets if target not in long]
         works = []
         for passage in self._planner.passages(job.request, short):
@@ -327,9 +276,8 @@ class Infiller:
             results.append(result)
             costs.append(filled.usage)
             before += result.choices[0].text if result.choices else piece.selection
-            job.keep(piece, result.choices[0].text if result.choices else None)
-            job.canvases += 1
-            job.passes += filled.usage.passes
+            written = result.choices[0].text if result.choices else None
+            job.shown.finish(piece, written, filled.usage.passes)
         return _Filled(results, _sum(costs))
 
     def _followed(self, job: _Job, passage: Passage) -> Followed | None:
@@ -385,8 +333,8 @@ class Infiller:
             on_drafts = None
             if hooks.on_canvas is not None:
 
-                def on_drafts(drafts: Sequence[DraftSpan], passes: int, revised: bool) -> None:
-                    job.show(targets, drafts, passes, revised)
+                def on_drafts(draft: CanvasDraft, passes: int) -> None:
+                    job.shown.show(targets, draft, passes)
 
             run = Filling(
                 model=self.model,
@@ -401,6 +349,7 @@ class Infiller:
                 boldness=request.boldness,
                 language=job.language,
                 watch=Watch(
+                    shows_tokens=request.shows_tokens,
                     on_drafts=on_drafts,
                     on_weighed=hooks.on_weighed,
                     check=hooks.check,
@@ -412,7 +361,7 @@ class Infiller:
         finally:
             self._prefixes.give_back(prefix)
         self._remember(job, plan, run, results)
-        job.settle(targets, results, run.passes)
+        job.shown.settle(targets, results, run.passes)
         usage = replace(usage, canvas_tokens=run.canvas_tokens, passes=run.passes)
         return _Filled(results, usage)
 

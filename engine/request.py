@@ -293,7 +293,7 @@ class CanvasToken:
     """A position of the canvas.
 
     Attributes:
-        text: of its most probable token; empty for a filler and for a part of a character.
+        text: of its most probable token; empty for a filler, U+FFFD for a part of a character.
         entropy_nats: of the position; 0 where given.
         state: `given` is pinned, `settled` certain and unchanged, `accepted` kept its proposal,
             `noise` will be drawn anew.

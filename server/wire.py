@@ -206,7 +206,7 @@ class CanvasToken(_Reply):
 
     `given` is pinned, `settled` certain and unchanged, `accepted` kept its proposal, `noise` will
     be drawn anew. `span` is the number of the span it belongs to, null where it is given;
-    `entropy` counts nats. A filler stands where no text is wanted.
+    `entropy` counts nats. A filler stands where no text is wanted. Part of a character is U+FFFD.
     """
 
     text: str

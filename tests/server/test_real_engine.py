@@ -68,6 +68,19 @@ def test_a_stream_counts_its_canvases(client: Client) -> None:
     assert same.choices == reply.choices
 
 
+def test_a_stream_shows_its_tokens_where_that_is_asked(client: Client) -> None:
+    *events, _ = client.stream(asked(max_tokens=12, show_tokens=True))
+    for event in events:
+        assert isinstance(event, wire.CanvasEvent)
+        assert len([each for each in event.tokens if each.span == 0]) == 12
+        given = [each for each in event.tokens if each.span is None]
+        assert {each.state for each in given} == {"given"}
+        # What stands for the end of the document has no text.
+        assert "".join(each.text for each in given) == "\n"
+    plain = client.stream(asked(max_tokens=12))
+    assert not any(event.tokens for event in plain if isinstance(event, wire.CanvasEvent))
+
+
 def test_closing_the_stream_cancels(client: Client) -> None:
     before = client.stats()["reasons"].get("cancelled", 0)
     stream = client.stream(asked(max_tokens=120))
