@@ -73,6 +73,7 @@ class Resident:
         self._lock, self._lost = lock, lost
         self._idle_s = self._idle_since = 0.0
         self._is_to_go = False
+        self._load_s: float | None = None
         self._next: tuple[Path, str] | None = None
 
     @property
@@ -138,6 +139,8 @@ class Resident:
         told |= self.about
         if self.engine is None and self.about:
             told["memory_bytes"] = 0
+        if self._load_s is not None:
+            told["last_load_s"] = round(self._load_s, 3)
         if self._next is not None:
             told["switching_to"] = self._next[1]
         if self.switch_failure is not None:
@@ -233,8 +236,11 @@ class Resident:
         return None
 
     def _read(self, folder: Path) -> Infiller | InfilldError:
+        begun = time.monotonic()
         try:
-            return load_infiller(folder, self._device, self._limits)
+            engine = load_infiller(folder, self._device, self._limits)
+            self._load_s = time.monotonic() - begun
+            return engine
         except Exception as found:
             error = _said(folder, found)
         # The frames that failed are gone, and the weights that they held.

@@ -38,7 +38,6 @@ COMMAND = (sys.executable, "-P", "-m", "infilld.server", "serve")
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "3000"}
 _POLL_S = 0.02
 _HEALTH_TIMEOUT_S = 2.0
-_LOG_LIMIT_BYTES = 1 << 20
 
 
 class DaemonProblem(Problem):
@@ -94,7 +93,7 @@ def ensure(settings: Settings, wait_s: float = 30.0) -> Daemon:
             # Looked at again with start.lock in hand: its last holder may just have succeeded.
             is_our_turn = child is None and not is_held and try_lock(start)
             if is_our_turn and not is_locked(lock_file(settings)):
-                log_start_bytes = _rotate(settings.log_file)
+                log_start_bytes = _length_bytes(settings.log_file)
                 child = _spawn(settings)
             if time.monotonic() > until:
                 raise DaemonProblem(
@@ -294,21 +293,18 @@ def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
     return child
 
 
-def _rotate(log: Path) -> int:
-    """Move a log that has grown away; returns the length in bytes of what stays."""
+def _length_bytes(file: Path) -> int:
     try:
-        length_bytes = log.stat().st_size
+        return file.stat().st_size
     except FileNotFoundError:
         return 0
-    if length_bytes < _LOG_LIMIT_BYTES:
-        return length_bytes
-    log.replace(log.with_suffix(".log.1"))
-    return 0
 
 
 def _failed_start(settings: Settings, log_start_bytes: int) -> DaemonProblem:
-    said = settings.log_file.read_bytes()[log_start_bytes:].decode(errors="replace").strip()
-    last = "\n".join(said.splitlines()[-5:]) or "it said nothing"
+    log = settings.log_file.read_bytes()
+    # A daemon that came as far as writing its log may have moved the old one away.
+    said = log[log_start_bytes if log_start_bytes <= len(log) else 0 :].decode(errors="replace")
+    last = "\n".join(said.strip().splitlines()[-5:]) or "it said nothing"
     return DaemonProblem(
         f"the daemon did not start: {last}", remedy=f"The whole log is {settings.log_file}."
     )

@@ -6,7 +6,6 @@ A GB is 10^9 bytes.
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infilld.server import discovery, files, settings
+from infilld.server import model_choice
 from infilld.server.flags import whole
 from infilld.server.settings import STARTER, Problem, Settings, SettingsProblem
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from infilld.engine.placement import Limits
 
 _ACTIONS = ("list", "inspect", "use", "quantize")
-_MODEL_LINE = re.compile(r"^[ \t]*model[ \t]*=.*$", re.MULTILINE)
-_FIRST_TABLE = re.compile(r"^[ \t]*\[", re.MULTILINE)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +32,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "folder", nargs="?", metavar="DIR", help='checkpoint folder, GGUF file, or "starter"'
     )
     parser.add_argument("out", nargs="?", metavar="OUT", help="quantize: folder to make")
+    parser.add_argument(
+        "--no-switch", action="store_true", help="use: only for the next daemon, not one that runs"
+    )
     asked = parser.add_argument_group("inspect", "what to plan for")
     asked.add_argument(
         "--context", dest="context_tokens", metavar="N", help="the same as --context-tokens"
@@ -61,7 +61,8 @@ def run(options: argparse.Namespace, wanted: Settings) -> int:
 
     Raises:
         SettingsProblem: no folder given where one is needed.
-        Problem: a file cannot be written.
+        Problem: a file cannot be written, or the daemon could not load the model.
+        ServerProblem: the daemon refused.
         ModelError: the folder is no checkpoint that can be read.
     """
     action: str = options.action
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace, wanted: Settings) -> int:
         return _quantize(options, wanted)
     if action == "inspect":
         return _inspect(options.folder, wanted, as_json=options.json)
-    return _use(options.folder, wanted)
+    return _use(options.folder, wanted, is_live=not options.no_switch)
 
 
 def folder_of(model: str) -> Path:
@@ -332,31 +333,9 @@ def _stored_bytes(folder: Path) -> int:
     )
 
 
-def _use(name: str, wanted: Settings) -> int:
-    """Configure a model; what the daemon has loaded stays until it is started again."""
+def _use(name: str, wanted: Settings, *, is_live: bool) -> int:
+    """Configure a model that could be loaded."""
     folder = folder_of(name)
     inspect_usable(folder, wanted.device)
-    model = STARTER if name == STARTER else str(folder)
-    path = settings.config_folder() / "config.toml"
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.put(path, with_model(old, model).encode())
-    except OSError as error:
-        raise Problem(f"cannot write {path}: {error.strerror}") from error
-    sys.stdout.write(f"model = {model} in {path}\n")
-    if discovery.running_pid(wanted) is not None:
-        sys.stdout.write("The running daemon keeps its model until: infilld stop\n")
+    model_choice.choose(STARTER if name == STARTER else str(folder), wanted, is_live=is_live)
     return 0
-
-
-def with_model(toml: str, model: str) -> str:
-    """A configuration with another `model`, the rest as it was."""
-    # JSON's escapes are TOML's, except for DEL, which TOML wants escaped.
-    line = f"model = {json.dumps(model, ensure_ascii=False)}".replace("\x7f", "\\u007f")
-    tables = _FIRST_TABLE.search(toml)
-    top = toml[: tables.start()] if tables else toml
-    rest = toml[len(top) :]
-    if _MODEL_LINE.search(top):
-        return _MODEL_LINE.sub(lambda _: line, top, count=1) + rest
-    return f"{line}\n{top}{rest}"

@@ -50,7 +50,7 @@ def router(jobs: Jobs, counted: Metrics, statistics: Statistics | None) -> APIRo
     async def prometheus() -> PlainTextResponse:
         """Counters, gauges and a histogram of times for Prometheus, since the start."""
         told = jobs.worker.describe()
-        known = {key: told.get(key) for key in ("model", "device", "memory_bytes")}
+        known = {key: told.get(key) for key in ("model", "device", "memory_bytes", "last_load_s")}
         status = {} if statistics is None else statistics.status()
         numbers = {"version": version("infilld"), **known, **status, **live()}
         text = metrics.exposition(counted.families(numbers))

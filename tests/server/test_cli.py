@@ -9,7 +9,7 @@ import pytest
 from fake_worker import Script
 from live_server import LiveServer, live_server
 
-from infilld.server import cli, models, wire
+from infilld.server import cli, model_choice, wire
 from infilld.server.client import Client
 
 
@@ -417,7 +417,7 @@ def test_models_list_marks_the_configured_one(capfd: pytest.CaptureFixture[str])
     ],
 )
 def test_using_a_model_changes_one_line(before: str, after: str) -> None:
-    assert models.with_model(before, "/m") == after
+    assert model_choice.with_model(before, "/m") == after
 
 
 def test_light_verbs_import_no_torch(tmp_path: Path) -> None:

@@ -7,63 +7,17 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from daemon_process import WAIT_S, foreground
 
 from infilld.server import cli, discovery
 from infilld.server.client import Client
 from infilld.server.discovery import DaemonProblem
 from infilld.server.settings import Settings
 
-FAKE = Path(__file__).parents[1] / "support" / "fake_daemon.py"
-
-# A busy machine takes many seconds to import what a daemon needs.
-WAIT_S = 120.0
-
-pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture(autouse=True)
-def _as_in_make_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fake daemon finds its worker although its own folder is kept off the path."""
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")
-    monkeypatch.setenv("PYTHONPATH", str(FAKE.parent))
-
-
-@pytest.fixture
-def wanted(tmp_path: Path) -> Iterator[Settings]:
-    """Settings of a daemon that is stopped after the test, whoever started it."""
-    settings = Settings(state_dir=tmp_path / "state", port=0, model=str(tmp_path / "no model"))
-    yield settings
-    pid = discovery.running_pid(settings)
-    if pid is not None:
-        os.kill(pid, signal.SIGCONT)
-        discovery.stop(settings, WAIT_S)
-
-
-@pytest.fixture
-def fake_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `ensure` starts serves a fake worker."""
-    monkeypatch.setattr(discovery, "COMMAND", (sys.executable, str(FAKE)))
-
-
-@contextmanager
-def foreground(settings: Settings, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """A daemon in a process of ours, once it listens."""
-    words = [sys.executable, str(FAKE), *settings.flags(), *more]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdout is not None
-        try:
-            assert child.stdout.readline() == "listening\n", child.communicate()
-            yield child
-        finally:
-            child.kill()
-            child.communicate()
+pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("_fake_daemon_is_found")]
 
 
 def processes_of(settings: Settings) -> list[int]:
