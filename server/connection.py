@@ -75,7 +75,10 @@ class Connection(H11Protocol):
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
         if status == 431:
             self._refuse(
-                431, "head_too_large", "the request's head is too large", "Send less of it."
+                431,
+                "head_too_large",
+                "the request's head is too large",
+                "Send fewer or shorter headers.",
             )
         else:
             self._refuse(

@@ -25,6 +25,7 @@ PAGE_PATH = "/"
 OPEN_PATHS = frozenset({"/health", PAGE_PATH})
 """Served without the token; nothing there tells anything about a user."""
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+_HEAD_BYTES = 1 << 16
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
 _TOKEN_REMEDY = "Send the content of the token file; `infilld status` says where it is."
 # Browsers are not to guess types, nor to lend our answers to other pages.
@@ -87,6 +88,13 @@ class Guard:
             await self._app(scope, await _received(scope, receive, held), send)
 
     def _check_head(self, scope: Scope) -> None:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > _HEAD_BYTES:
+            raise Refused(
+                431,
+                "head_too_large",
+                f"the headers are longer than {_HEAD_BYTES} bytes",
+                "Send fewer or shorter headers.",
+            )
         hosts = header(scope, b"host")
         if len(hosts) != 1 or not is_own_host(hosts[0], scope, self._allowed):
             raise Refused(
@@ -178,7 +186,7 @@ async def _refuse(refused: Refused, scope: Scope, receive: Receive, send: Send) 
     answer = problems.response(refused.status, refused.content, path=scope["path"])
     if refused.status == 401:
         answer.headers["WWW-Authenticate"] = "Bearer"
-    if refused.status in (400, 408):
+    if refused.status in (400, 408, 431):
         # Where this request ends is not known.
         answer.headers["Connection"] = "close"
     await answer(scope, receive, send)
