@@ -141,7 +141,7 @@ def _reply(result: ChatResult, model: str) -> Json:
             for index, each in enumerate(conversing.answers_of(result))
         ],
         "usage": usage(result.usage),
-        **({} if result.reason == "ok" else {"reason": result.reason, "why": result.why}),
+        "infilld": conversing.extension(result),
     }
 
 
@@ -203,7 +203,9 @@ class _Chunks:
                 delta = self._delta(each.text, each.thoughts, "")
             if delta:
                 frames.append(self._chunk(index, delta))
-            frames.append(self._chunk(index, {}, conversing.FINISH[each.finish]))
+            told = conversing.extension(result)
+            finish = conversing.FINISH[each.finish]
+            frames.append(self._chunk(index, {}, finish, infilld=told))
         if self._with_usage:
             frames.append(sse.unnamed(self._head | {"choices": [], "usage": usage(result.usage)}))
         return [*frames, sse.DONE]
@@ -215,7 +217,7 @@ class _Chunks:
         piece = self._text.grow(text)
         return delta | ({"content": piece} if piece else {})
 
-    def _chunk(self, index: int, delta: Json, finish: str | None = None) -> bytes:
+    def _chunk(self, index: int, delta: Json, finish: str | None = None, **more: object) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish}
         nothing_yet = {"usage": None} if self._with_usage else {}
-        return sse.unnamed(self._head | {"choices": [choice]} | nothing_yet)
+        return sse.unnamed(self._head | {"choices": [choice]} | nothing_yet | more)

@@ -139,6 +139,11 @@ def deadline(wish_ms: Number | None, *more_ms: Number | None) -> float | None:
     return min(max(total, MIN_DEADLINE_MS), float(MAX_DEADLINE_MS))
 
 
+def extension(result: ChatResult) -> dict[str, str]:
+    """What is said beside the dialect's own keys, as of an infill (`Answered.extension`)."""
+    return {"id": result.id, "reason": result.reason, "why": result.why}
+
+
 def answers_of(result: ChatResult) -> tuple[ChatAnswer, ...]:
     """The answers; an empty one where there is none."""
     if result.answers:

@@ -5,8 +5,7 @@ ignored: the engine denoises, and finds its caches by itself.
 """
 
 import dataclasses
-import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -14,18 +13,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict
 
-from infilld.engine.errors import InfilldError, Unsupported
-from infilld.engine.request import CanvasUpdate, Context, Grammar, InfillRequest, InfillResult
-from infilld.server import problems, sse
-from infilld.server.answering import Stream, answer
-from infilld.server.compat import asking, conversing, grammars, llamacpp_reply, markers
+from infilld.engine.errors import Unsupported
+from infilld.engine.request import Context, Grammar
+from infilld.server import sse
+from infilld.server.answering import answer
+from infilld.server.compat import asking, conversing, grammars, llamacpp_reply
 from infilld.server.compat.asking import Answered, Asked
 from infilld.server.compat.fields import Body, Flag, Number, Stop, Whole, seed_of, stops
+from infilld.server.compat.streaming import streamed
 from infilld.server.facts import Facts, facts
-from infilld.server.jobs import Jobs, LiveJob
+from infilld.server.jobs import Jobs
 from infilld.server.wire import MAX_TOKENS, Text
-
-log = logging.getLogger(__name__)
 
 MAX_COMPLETIONS = 4
 # What is given to the prompt where a client names the time of the prediction alone.
@@ -115,14 +113,13 @@ def router(jobs: Jobs) -> APIRouter:
     @routes.post("/completions", include_in_schema=False)
     async def completion(body: CompletionBody, request: Request) -> Response:
         """Go on with a text, or fill the gap that its marks tell of."""
-        text = _only_text(body.prompt)
-        marked = markers.divided(text) or markers.Divided(text, "")
+        gap = asking.gap_of(_only_text(body.prompt), None)
         asked = dataclasses.replace(
             _asked(body, await grammars.wanted(body.rest)),
-            prefix=marked.prefix,
-            suffix=marked.suffix,
-            context=marked.context,
-            path=marked.path,
+            prefix=gap.prefix,
+            suffix=gap.suffix,
+            context=gap.context,
+            path=gap.path,
         )
         return await _serve(jobs, body, asked, request)
 
@@ -197,29 +194,20 @@ def _only_text(prompt: str | Sequence[object]) -> str:
 
 
 async def _serve(jobs: Jobs, body: Options, asked: Asked, request: Request) -> Response:
-    wanted = asking.wanted_of(jobs, asked)
-    if wanted.warm:
-        wanted = dataclasses.replace(wanted, background=True)
     writer = _Writer(jobs, body, asked)
     if body.stream:
-        job = jobs.submit(wanted, route=request.url.path, with_updates=False)
-        return Stream(jobs, job, _events(job, lambda found: writer.events(wanted, found)))
-    result = await answer(jobs, wanted, request)
-    replies = writer.replies(asking.shaped(asked, wanted, result))
+        return streamed(
+            jobs,
+            [asked],
+            request,
+            write=lambda _, answered: writer.frames(answered),
+            end=lambda _: (),
+        )
+    wanted = asking.wanted_of(jobs, asked)
+    # Nobody waits for what only prepares.
+    wanted = dataclasses.replace(wanted, background=wanted.warm)
+    replies = writer.replies(asking.shaped(asked, wanted, await answer(jobs, wanted, request)))
     return JSONResponse(replies if asked.n > 1 else replies[0])
-
-
-async def _events(
-    job: LiveJob[CanvasUpdate, InfillResult], write: Callable[[InfillResult], list[bytes]]
-) -> AsyncIterator[bytes]:
-    try:
-        for frame in write(await job.result()):
-            yield frame
-    except InfilldError as error:
-        yield sse.unnamed(problems.body_of(error))
-    except Exception:
-        log.exception("job %s failed", job.id)
-        yield sse.unnamed(problems.INTERNAL)
 
 
 class _Writer:
@@ -235,16 +223,14 @@ class _Writer:
             for reply in self._full(answered)
         ]
 
-    def events(self, wanted: InfillRequest, result: InfillResult) -> list[bytes]:
+    def frames(self, answered: Answered) -> Iterator[bytes]:
         """Each text, and behind it all that is told of it."""
-        frames = []
-        for reply in self._full(asking.shaped(self._asked, wanted, result)):
-            piece = {key: reply[key] for key in ("index", "content", "tokens")}
-            frames += [piece | {"stop": False}] if reply["content"] else []
-            frames.append(
-                llamacpp_reply.chosen(reply | {"content": ""}, self._body.response_fields)
-            )
-        return [sse.unnamed(frame) for frame in frames]
+        for reply in self._full(answered):
+            if reply["content"]:
+                piece = {key: reply[key] for key in ("index", "content", "tokens")}
+                yield sse.unnamed(piece | {"stop": False})
+            last = reply | {"content": ""}
+            yield sse.unnamed(llamacpp_reply.chosen(last, self._body.response_fields))
 
     def _full(self, answered: Answered) -> list[Json]:
         known = facts(self._jobs.worker.describe())
@@ -252,7 +238,7 @@ class _Writer:
         return [
             llamacpp_reply.full(
                 self._asked,
-                answered.result,
+                answered,
                 choice,
                 index=index,
                 model=known.name,

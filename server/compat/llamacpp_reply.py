@@ -4,20 +4,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from infilld.engine.request import InfillResult
-from infilld.server.compat.asking import Asked, Shaped
+from infilld.server.compat.asking import Answered, Asked, Shaped
 
 Json = dict[str, Any]
 
 
 def full(
-    asked: Asked, result: InfillResult, choice: Shaped, *, index: int, model: str, settings: Json
+    asked: Asked, answered: Answered, choice: Shaped, *, index: int, model: str, settings: Json
 ) -> Json:
     """One finished answer, every field of it.
 
     Args:
-        asked, result: of the job. choice: the text. index: its rank.
+        asked, answered: of the job. choice: the text. index: its rank.
         model: its name. settings: `generation_settings`.
     """
+    result = answered.result
     used = result.usage
     return {
         "index": index,
@@ -37,7 +38,7 @@ def full(
         "stopping_word": choice.stopped_by or "",
         "tokens_cached": used.cached_tokens,
         "timings": timings(result, choice.tokens),
-        "infilld": {"id": result.id, "reason": result.reason, "why": result.why},
+        "infilld": answered.extension,
     }
 
 

@@ -22,10 +22,11 @@ from infilld.engine.errors import InfilldError, UnknownOption
 from infilld.engine.request import Grammar, InfillRequest, InfillResult, Span, Timings, Usage
 from infilld.server import problems
 from infilld.server.answering import Stream, answer
-from infilld.server.compat import asking, conversing, grammars, markers
+from infilld.server.compat import asking, conversing, grammars
 from infilld.server.compat.asking import Asked
 from infilld.server.compat.conversing import Growing, Turn
 from infilld.server.compat.fields import Body, Flag, Number, Stop, Whole, seed_of, stops
+from infilld.server.compat.markers import divided
 from infilld.server.facts import iso_time
 from infilld.server.jobs import AnyJob, AnyRequest, Jobs
 from infilld.server.wire import Text
@@ -129,13 +130,12 @@ def router(jobs: Jobs) -> APIRouter:
 def _gap(body: GenerateBody) -> Asked | None:
     """The gap to fill, without its grammar; None: it is a question."""
     prompt, options = body.prompt or "", body.options or Options()
-    found = markers.divided(prompt)
-    if found is None and body.suffix is None and not body.raw:
+    if body.suffix is None and not body.raw and divided(prompt) is None:
         return None
-    gap = found or markers.Divided(prompt, "")
+    gap = asking.gap_of(prompt, body.suffix)
     return Asked(
         prefix=gap.prefix,
-        suffix=body.suffix or gap.suffix,
+        suffix=gap.suffix,
         context=gap.context,
         path=gap.path,
         max_tokens=conversing.limit(options.num_predict) or None,
@@ -201,13 +201,14 @@ class _Call:
         wanted = asking.wanted_of(self._jobs, asked)
 
         def told(result: InfillResult) -> Iterator[Json]:
-            (choice, *_) = asking.shaped(asked, wanted, result).choices
+            answered = asking.shaped(asked, wanted, result)
+            choice = answered.choices[0]
             finish = "length" if result.reason == "deadline" else choice.finish
             costs = _costs(result.usage, result.timings, choice.tokens)
             if choice.text:
                 yield self._line(choice.text, "", {"done": False})
-            why = {"reason": result.reason, "why": result.why} if not choice.text else {}
-            yield self._line("", "", {"done": True, "done_reason": finish, **costs, **why})
+            costs |= {"infilld": answered.extension}
+            yield self._line("", "", {"done": True, "done_reason": finish, **costs})
 
         return await self._serve(wanted, told, lambda update: iter(()))
 
@@ -221,11 +222,12 @@ class _Call:
                 yield self._line(piece, thought, {"done": False})
 
         def told(result: ChatResult) -> Iterator[Json]:
-            (found, *_) = conversing.answers_of(result)
+            found = conversing.answers_of(result)[0]
             piece, thought = text.grow(found.text), thoughts.grow(found.thoughts)
             if piece or thought:
                 yield self._line(piece, thought, {"done": False})
             costs = _costs(result.usage, result.timings, result.usage.text_tokens)
+            costs |= {"infilld": conversing.extension(result)}
             finish = conversing.FINISH[found.finish]
             yield self._line("", "", {"done": True, "done_reason": finish, **costs})
 

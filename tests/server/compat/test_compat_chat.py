@@ -55,6 +55,7 @@ def test_the_reply_is_openais(server: LiveServer) -> None:
             "total_tokens": 12,
             "prompt_tokens_details": {"cached_tokens": 0},
         },
+        "infilld": {"id": "job-0", "reason": "ok", "why": ""},
     }
 
 
@@ -202,7 +203,9 @@ def test_no_answer_is_an_empty_one_with_its_reason(server: LiveServer) -> None:
     got = post(server, ASK).json()
     (choice,) = got["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("", "length")
-    assert (got["reason"], got["why"]) == ("deadline", "too late")
+    assert got["infilld"] == {"id": "job-0", "reason": "deadline", "why": "too late"}
+    last = events(post(server, ASK | {"stream": True}))[-1]
+    assert last["infilld"]["reason"] == "deadline"
 
 
 def test_nothing_is_written_where_no_token_is_wanted(server: LiveServer) -> None:

@@ -59,6 +59,7 @@ def test_a_gap_is_filled_in_one_object(server: LiveServer) -> None:
         "response": "return 1",
         "done": True,
         "done_reason": "stop",
+        "infilld": {"id": "job-0", "reason": "ok", "why": ""},
         **COSTS,
     }
     assert gap(server) == InfillRequest(text="ab", spans=(Span(1, 1),))
@@ -84,7 +85,7 @@ def test_a_stream_of_nothing_says_why(server: LiveServer) -> None:
     server.worker.script = Script(reason="low_confidence", why="not sure")
     (last,) = lines(post(server, FILL | {"stream": True}))
     assert (last["response"], last["done"], last["done_reason"]) == ("", True, "stop")
-    assert (last["reason"], last["why"]) == ("low_confidence", "not sure")
+    assert last["infilld"] == {"id": "job-0", "reason": "low_confidence", "why": "not sure"}
     server.worker.script = Script(reason="deadline")
     assert post(server, FILL).json()["done_reason"] == "length"
 
