@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from infilld.engine.canvas import CanvasLayout, Draft, Gap, read_gap
-from infilld.engine.choices import Choice, GapResult
+from infilld.engine.choices import Choice, GapResult, scored_tokens
 from infilld.engine.config import SamplerConfig
 from infilld.engine.draft import CanvasDraft, DraftReader
 from infilld.engine.draws import SeededDraws
@@ -392,6 +392,7 @@ class Filling:
             yield []
             self.watch.check()
             result = self._chosen(gap, weighed, surroundings)
+            result = self._with_tokens(result, candidates, logs, stem)
             results.append(result)
             fills.append(result.choices[0].text if result.choices else gap.target.selection)
             if number + 1 < len(self.plan.gaps):
@@ -484,6 +485,25 @@ class Filling:
             kept = likely[: self.plan.alternatives]
         choices = tuple(Choice(each.candidate.text, each.confidence, each.score) for each in kept)
         return GapResult(choices=choices, reason="ok", why="", texts=texts)
+
+    def _with_tokens(
+        self,
+        result: GapResult,
+        candidates: Sequence[Candidate],
+        logs: Sequence[Tensor],
+        stem: str,
+    ) -> GapResult:
+        """The result with the tokens of its choices, as they were scored."""
+        if not result.choices:
+            return result
+        scored = {c.text: (c.tokens, own) for c, own in zip(candidates, logs, strict=True)}
+        choices = []
+        for choice in result.choices:
+            ids, own = scored[choice.text]
+            pieces = [self.tokenizer.decode([token]) for token in ids]
+            tokens = scored_tokens(pieces, own.tolist(), stem)
+            choices.append(replace(choice, tokens=tokens))
+        return replace(result, choices=tuple(choices))
 
     def _unobjected(
         self, likely: list[Weighed], surroundings: Surroundings
