@@ -92,6 +92,14 @@ def _daemon(wanted: Settings) -> str:
     return f"pid {found.pid} at {found.url}, {stats['state']}"
 
 
+def _engine(wanted: Settings) -> str:
+    if wanted.engine_url is None:
+        return "this machine's own"
+    from infilld.server.remote import checking
+
+    return checking.checked(wanted)
+
+
 def _device(wanted: Settings) -> str:
     import torch
 
@@ -129,6 +137,7 @@ _LOOKS = (
     ("state folder", _state),
     ("daemon and port", _daemon),
     ("editors", _editors),
+    ("engine", _engine),
     ("device", _device),
     ("model", _model),
 )

@@ -69,7 +69,7 @@ def make_worker(wanted: Settings) -> "Worker":
         return _local(wanted)
     from infilld.server import remote
 
-    return remote.make_worker(wanted, partial(_local, wanted))
+    return remote.make_worker(wanted, _local)
 
 
 def wait_passively() -> None:

@@ -14,7 +14,7 @@ _MOST_QUOTED_CHARS = 200
 # So many letters and digits in a row that the request has too are source text, not words.
 _COPIED_CHARS = 12
 _TOO_LONG = re.compile(
-    r"context.?length|context.?window|context.?size|too long|too large|maximum.{0,40}tokens"
+    r"context.?length|context.?window|context.?size|too.long|too.large|maximum.{0,40}tokens"
     r"|exceeds? .{0,40}(context|tokens|length)|longer than",
     re.IGNORECASE | re.DOTALL,
 )
@@ -58,7 +58,9 @@ def refusal(status: int, body: bytes, sent: dict[str, Any], optional: Collection
     """
     raw = message_of(body)
     names = [name for name in optional if name in sent and name in raw]
-    return Refused(status, quoted(raw, sent.get("messages")), names, bool(_TOO_LONG.search(raw)))
+    # Some say it in a code beside the message.
+    is_too_long = bool(_TOO_LONG.search(body.decode("utf-8", errors="replace")))
+    return Refused(status, quoted(raw, sent.get("messages")), names, is_too_long)
 
 
 def quoted(raw: str, messages: object = None) -> str:

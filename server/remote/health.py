@@ -59,7 +59,7 @@ class Health:
         while True:
             # Cleared before looking: what fails meanwhile has it looked at again.
             self._wake.clear()
-            await self._look()
+            await self.look()
             pause_s = self._pace.well_s if self.is_up else self._pause_s
             if not self.is_up:
                 self._pause_s = min(2 * self._pause_s, self._pace.most_s)
@@ -78,7 +78,8 @@ class Health:
         if not self.is_up and time.monotonic() - self._looked_at >= self._pace.first_s:
             self._wake.set()
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
+        """Look once."""
         self._looked_at = time.monotonic()
         try:
             async with asyncio.timeout(self._pace.patience_s):

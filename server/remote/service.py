@@ -6,6 +6,7 @@ judged by the system's own store.
 """
 
 import json
+import logging
 import ssl
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -116,6 +117,8 @@ class Service:
     """
 
     def __init__(self, url: str, key_file: Path | None) -> None:
+        # It tells of every request: most of a daemon's log, and nothing that is not known.
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         self._base = url.rstrip("/").removesuffix("/v1")
         self._key = KeyFile(key_file)
         self._unknown: set[str] = set()
@@ -230,7 +233,8 @@ def _model(told: Mapping[str, Any]) -> Model:
     state = told.get("state")
     return Model(
         name=str(told["id"]),
-        context_tokens=_whole(told.get("max_model_len")),
+        # As vLLM says it, and as another infilld does.
+        context_tokens=_whole(told.get("max_model_len")) or _whole(told.get("prompt_tokens")),
         # As another infilld says it; others are not there before they can answer.
         is_ready=state not in ("loading", "failed"),
     )

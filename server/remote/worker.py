@@ -44,6 +44,7 @@ from infilld.engine.scheduler import (
 )
 from infilld.server.jobs import Event, Worker
 from infilld.server.remote.asking import MAX_LIVE, Remote
+from infilld.server.remote.describing import described
 from infilld.server.remote.health import Health, Pace
 from infilld.server.remote.routing import Route
 from infilld.server.remote.service import Service
@@ -190,34 +191,8 @@ class RemoteWorker:
     def describe(self) -> dict[str, object]:
         """Who answers, and where."""
         health = self._health
-        model = None if health is None else health.model
-        is_up = health is not None and health.is_up is True
-        problem = None if health is None else health.problem
-        local = self._standby.worker if health is not None else None
-        there: dict[str, object] = {
-            "model": self._settings.engine_model if model is None else model.name,
-            "folder": None,
-            "state": self.state,
-            "device": "remote",
-            "dtype": None,
-            "parameters": None,
-            "memory_bytes": 0,
-            "canvas_tokens": None,
-            "prompt_tokens": (model.context_tokens or None) if model is not None else None,
-        }
-        answers = "remote"
-        if health is not None and health.is_up is False and self._settings.fail_over:
-            answers = "local"
-            there |= {"model": "local", "device": self._settings.device}
-            if local is not None:
-                there |= local.describe()
-                there["state"] = self.state
-        return there | {
-            "engine": answers,
-            "url": self._url,
-            "reachable": is_up,
-            "problem": None if problem is None else str(problem),
-        }
+        local = None if health is None else self._standby.worker
+        return described(self._settings, self.state, health, local)
 
     def stats(self) -> dict[str, object]:
         """Counts since the start and times of the last answers, in ms.
