@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
+from torch import Tensor
+
 from infilld.engine.config import SamplerConfig
 from infilld.engine.conversation import ChatAnswer, ChatRequest, ChatResult, ChatUpdate
+from infilld.engine.draft import canvas_tokens, steady
 from infilld.engine.matching import GrammarTokens
 from infilld.engine.pace import Pace
 from infilld.engine.passes import CanvasModel, Work, together
 from infilld.engine.prefixes import PrefixPool
 from infilld.engine.prompt import PromptLayout
-from infilld.engine.request import Timings, Usage
+from infilld.engine.request import CanvasToken, Timings, Usage
 from infilld.engine.sampler import Step
 from infilld.engine.tokenizer import Tokenizer
 from infilld.engine.transcript import Transcript
@@ -36,19 +39,34 @@ class _Teller:
     """Tells whoever watches how the first answer goes."""
 
     told: Callable[[ChatUpdate], None]
+    tokenizer: Tokenizer
+    shows_tokens: bool
     writer: Writer = field(init=False)
     _seq: int = field(default=0, init=False)
+    _argmax: Tensor | None = field(default=None, init=False)
 
-    def step(self, step: Step, draft: Transcript, passes: int) -> None:
+    def step(self, step: Step, final: Transcript, draft: Transcript, passes: int) -> None:
         """The canvas was refined."""
-        self._tell(draft, passes)
+        tokens: tuple[CanvasToken, ...] = ()
+        if self.shows_tokens:
+            is_steady = steady(step, 0, self._argmax)
+            self._argmax = step.argmax
+            tokens = tuple(canvas_tokens(step, 0, is_steady, self.tokenizer, None))
+        self._tell(final, draft, passes, tokens)
 
     def committed(self) -> None:
         """A canvas is final."""
-        self._tell(self.writer.transcript, self.writer.passes)
-
-    def _tell(self, draft: Transcript, passes: int) -> None:
+        self._argmax = None
         final = self.writer.transcript
+        self._tell(final, final, self.writer.passes)
+
+    def _tell(
+        self,
+        final: Transcript,
+        draft: Transcript,
+        passes: int,
+        tokens: tuple[CanvasToken, ...] = (),
+    ) -> None:
         text = final.text
         self.told(
             ChatUpdate(
@@ -58,6 +76,7 @@ class _Teller:
                 text=text,
                 thoughts=final.thoughts,
                 draft=draft.whole.removeprefix(text),
+                tokens=tokens,
             )
         )
         self._seq += 1
@@ -69,6 +88,9 @@ class Converser:
     Args:
         model: weights. tokenizer: its vocabulary. sampler: its generation configuration.
         layout: of its infills. prefixes: encoded before, shared with them.
+
+    Attributes:
+        grammar_tokens: its vocabulary as grammars see it.
     """
 
     def __init__(
@@ -81,7 +103,7 @@ class Converser:
     ) -> None:
         self._model, self._tokenizer, self._sampler = model, tokenizer, sampler
         self._layout, self._prefixes = layout, prefixes
-        self._tokens = GrammarTokens(tokenizer, model.config.vocab_tokens)
+        self.grammar_tokens = GrammarTokens(tokenizer, model.config.vocab_tokens)
         # Its own: canvases are larger than those of gaps, and nothing is scored behind them.
         self._pace = Pace()
 
@@ -140,13 +162,14 @@ class Converser:
         self, request: ChatRequest, hooks: "Hooks", prompt: TurnPrompt, seed: int, *, is_shown: bool
     ) -> Writer:
         max_tokens = request.max_tokens or prompt.most_tokens
-        matching = None if request.grammar is None else self._tokens.start(request.grammar)
+        matching = None if request.grammar is None else self.grammar_tokens.start(request.grammar)
         stop = (*request.stop, *(prompt.closing if matching is None else ()))
         # A text under a grammar counts its own tokens: it may end with the last one.
         bound = max_tokens if matching is None else None
         teller = None
         if is_shown and hooks.on_canvas is not None:
-            teller = _Teller(cast(Callable[[ChatUpdate], None], hooks.on_canvas))
+            told = cast(Callable[[ChatUpdate], None], hooks.on_canvas)
+            teller = _Teller(told, self._tokenizer, request.shows_tokens)
         writer = Writer(
             model=self._model,
             tokenizer=self._tokenizer,

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from infilld.engine.choices import GapResult, with_choices
+from infilld.engine.choices import GapResult, text_tokens, with_choices
 from infilld.engine.config import SamplerConfig
+from infilld.engine.constrained import ConstrainedFiller
 from infilld.engine.conversation import ChatRequest, ChatResult
 from infilld.engine.draft import CanvasDraft
 from infilld.engine.errors import GapTooLong, UnknownOption
@@ -41,8 +42,8 @@ from infilld.engine.request import (
 )
 from infilld.engine.scorer import score
 from infilld.engine.shown import Shown
-from infilld.engine.thinking import thinking
 from infilld.engine.tokenizer import Tokenizer
+from infilld.engine.writing import thinking
 
 # Prompts are cut to this many tokens even where the model could read more.
 _PROMPT_TOKENS = 4096
@@ -136,6 +137,15 @@ class Infiller:
         self._planner = Planner(
             tokenizer, self.layout, model.config, self.prompt_tokens, self.method
         )
+        self._constrained = ConstrainedFiller(
+            model,
+            tokenizer,
+            sampler,
+            self._planner,
+            self._prefixes,
+            self.layout.filler,
+            self._converser.grammar_tokens,
+        )
 
     @property
     def prompt_tokens(self) -> int:
@@ -192,6 +202,8 @@ class Infiller:
         targets = targets_of(job.request)
         if job.request.warm:
             targets = targets[:1]
+        elif job.request.grammar is not None:
+            return (yield from self._matching(job, targets[0], result))
         elif job.request.repair is not None:
             targets = yield from self._suspected(job, targets)
             if not targets:
@@ -218,15 +230,32 @@ class Infiller:
             # Canvases side by side share their passes.
             passes += max(each.usage.passes for each in done)
             filled += done
+        results = [one for each in filled for one in each.results]
         usage = Usage(
             prompt_tokens=sum(each.usage.prompt_tokens for each in filled),
             cached_tokens=sum(each.usage.cached_tokens for each in filled),
             canvas_tokens=sum(each.usage.canvas_tokens for each in filled),
             passes=passes,
+            text_tokens=text_tokens(results),
         )
-        results = [one for each in filled for one in each.results]
         ordered = [*short, *(piece for target in long for piece in long[target])]
         return replace(with_choices(job.request, result, ordered, results), usage=usage)
+
+    def _matching(self, job: _Job, target: Target, result: InfillResult) -> Work[InfillResult]:
+        """The result with texts that match the request's grammar."""
+        job.shown.begin([target])
+
+        def on_draft(draft: CanvasDraft, passes: int) -> None:
+            job.shown.show([target], draft, passes)
+
+        is_watched = job.hooks.on_canvas is not None
+        filled = yield from self._constrained.work(
+            job.request, target, job.hooks, job.seed, on_draft if is_watched else None
+        )
+        job.encode_s = filled.encode_s
+        results = [filled.result]
+        usage = replace(filled.usage, text_tokens=text_tokens(results))
+        return replace(with_choices(job.request, result, [target], results), usage=usage)
 
     def _pieces(self, job: _Job, target: Target) -> list[Target]:
         """A selection that is too long for a canvas, in pieces of whole lines."""
@@ -311,7 +340,13 @@ class Infiller:
             ids = plan.prompt_ids
             if plan.prompt.thought_ends and not request.warm:
                 ids = yield from thinking(
-                    self.model, self.sampler, self._prefixes, plan.prompt, job.seed, check
+                    self.model,
+                    self.tokenizer,
+                    self.sampler,
+                    self._prefixes,
+                    plan.prompt,
+                    job.seed,
+                    check,
                 )
             encoding = self._prefixes.encoding(ids, pace.timed(check))
             prefix, cached = yield from encoding

@@ -138,6 +138,7 @@ class InfillRequest:
         self._refuse_bad_text()
         self._refuse_bad_spans()
         self._refuse_bad_pins()
+        self._refuse_bad_grammar()
         if not 1 <= self.alternatives <= MAX_ALTERNATIVES:
             raise UnknownOption(
                 f"n is {self.alternatives}", remedy=f"Ask for 1 to {MAX_ALTERNATIVES} alternatives."
@@ -235,6 +236,24 @@ class InfillRequest:
                     remedy="Give one start and one end at most.",
                 )
             taken.add((pin.span, pin.at))
+
+    def _refuse_bad_grammar(self) -> None:
+        """Refuse what a text cannot have beside a grammar."""
+        if self.grammar is None:
+            return
+        others = {
+            "several spans": len(self.spans) > 1,
+            "pins": bool(self.pins),
+            "a draft": any(draft is not None for draft in self.drafts),
+            "a repair": self.repair is not None,
+            "min_tokens": bool(self.min_tokens),
+        }
+        for name, is_there in others.items():
+            if is_there:
+                raise UnknownOption(
+                    f"a grammar with {name}",
+                    remedy="Send one span, and nothing else that says what its text is.",
+                )
 
 
 def _refuse_overlap(spans: Sequence[Span]) -> None:

@@ -9,7 +9,7 @@ What stands on a finished canvas is final: the next is written behind it.
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from infilld.engine.matching import Matching
 from infilld.engine.pace import Pace
 from infilld.engine.passes import CanvasModel, Work
 from infilld.engine.prefixes import Prefix, PrefixPool
+from infilld.engine.prompt import InfillPrompt
 from infilld.engine.reading import Bans
 from infilld.engine.sampler import Denoised, Step, denoising
 from infilld.engine.stopping import reference_stop
@@ -34,6 +35,8 @@ _LEAST_CANVAS, _CANVAS_STEP = 32, 16
 _KEPT_PROBABILITY = 0.5
 # Share of the room that thoughts may take before they are ended.
 _THOUGHT_SHARE = 0.5
+# Thoughts before an infill that do not end by themselves are ended.
+_MOST_THOUGHT_CANVASES = 4
 
 
 class _Struck(Exception):
@@ -45,12 +48,12 @@ class Watching:
     """What the owner of a text sees of it, and how it ends the work early.
 
     Attributes:
-        on_step: gets every step, the transcript as the canvas continues it, and forwards so far.
+        on_step: gets every step, what is final, how the canvas continues it, and forwards so far.
         on_canvas: called when a canvas is final.
         check: raises to end it. is_late: whether the deadline strikes within so many seconds.
     """
 
-    on_step: Callable[[Step, Transcript, int], None] | None = None
+    on_step: Callable[[Step, Transcript, Transcript, int], None] | None = None
     on_canvas: Callable[[], None] | None = None
     check: Callable[[], None] = lambda: None
     is_late: Callable[[float], bool] = lambda needed_s: False
@@ -98,6 +101,11 @@ class Writer:
         self._most_length = self.model.config.canvas_tokens
         room = self.model.context_tokens + self.model.config.canvas_tokens - len(self._ids)
         self._most_thoughts = int(room * _THOUGHT_SHARE)
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Of the prompt and all that is written behind it."""
+        return self._ids
 
     def work(self) -> Work[None]:
         """Write until the transcript has ended."""
@@ -258,10 +266,19 @@ class Writer:
 
     def _look(self, step: Step) -> None:
         self.watching.check()
-        if self.watching.on_step is not None:
-            draft = self.transcript.copy()
-            draft.add(step.argmax[0].tolist())
-            self.watching.on_step(step, draft, self.passes + step.index + 1)
+        if self.watching.on_step is None:
+            return
+        final = self.transcript
+        tokens: list[int] = step.argmax[0].tolist()
+        if self._guided is not None:
+            # What is committed on this canvas is final already, and may be more than it holds.
+            new = self._guided.tokens[self._synced :]
+            final = self.transcript.copy()
+            final.add(new)
+            tokens = tokens[len(new) :]
+        draft = final.copy()
+        draft.add(tokens)
+        self.watching.on_step(step, final, draft, self.passes + step.index + 1)
 
     def _is_late(self) -> bool:
         return self.watching.is_late(self.pace.needed_s(passes=1))
@@ -295,3 +312,43 @@ def never_written(tokenizer: Tokenizer, vocab_tokens: int, meant: Iterable[int])
     # Ids beyond the tokenizer's are padding of the embedding matrix.
     row[tokenizer.vocab_tokens :] = True
     return row
+
+
+def thinking(
+    model: CanvasModel,
+    tokenizer: Tokenizer,
+    sampler: SamplerConfig,
+    prefixes: PrefixPool,
+    prompt: InfillPrompt,
+    seed: int,
+    check: Callable[[], None],
+) -> Work[tuple[int, ...]]:
+    """The ids of an infill's prompt with thoughts in their place, which nobody is shown.
+
+    Args:
+        model, tokenizer, sampler: think. prefixes: encode. seed: of every draw.
+        prompt: one that says where thoughts stand, and which tokens end them.
+        check: what it raises ends the work.
+    """
+    assert prompt.answer_at is not None
+    begun, rest = prompt.ids[: prompt.answer_at], prompt.ids[prompt.answer_at :]
+    # Thoughts that are ended take a token more.
+    room = model.context_tokens - len(prompt.ids) - 1
+    most = min(_MOST_THOUGHT_CANVASES * model.config.canvas_tokens, room)
+    if most < 1:
+        return (*begun, prompt.thought_ends[0], *rest)
+    asked = TurnPrompt(ids=begun, ends=frozenset(prompt.thought_ends))
+    writer = Writer(
+        model=model,
+        tokenizer=tokenizer,
+        sampler=sampler,
+        prefixes=prefixes,
+        pace=Pace(),
+        prompt=asked,
+        transcript=Transcript(tokenizer, asked, max_tokens=most),
+        seed=seed,
+        max_tokens=most,
+        watching=Watching(check=check),
+    )
+    yield from writer.work()
+    return (*writer.ids, prompt.thought_ends[0], *rest)
