@@ -43,14 +43,20 @@ class Remote:
         self._places = asyncio.Semaphore(MAX_LIVE)
         self._most_chars = _MOST_PROMPT_CHARS
 
+    def answer_tokens(self, wanted: int) -> int:
+        """So many tokens of an answer, or as many as a small context has room for."""
+        context = self._context_tokens
+        return min(wanted, context // 2) if context else wanted
+
     def prompt_chars(self, answer_tokens: int) -> int:
         """Characters of a prompt that leaves room for an answer of so many tokens."""
-        model = self._health.model
-        most = self._most_chars
-        if model is not None and model.context_tokens:
-            free = max(0, model.context_tokens - answer_tokens)
-            most = min(most, free * CHARS_PER_TOKEN)
-        return most
+        context, most = self._context_tokens, self._most_chars
+        return min(most, (context - answer_tokens) * CHARS_PER_TOKEN) if context else most
+
+    @property
+    def _context_tokens(self) -> int:
+        """What a prompt and its answer may take together; 0: it is not known."""
+        return 0 if self._health.model is None else self._health.model.context_tokens
 
     def shorten(self) -> bool:
         """Ask with half the prompt from now on; False: it is short already."""

@@ -173,7 +173,8 @@ class Infilling:
             # A rewrite may be longer than what it replaces.
             wanted = max(wanted, 2 * len(place.selection) // CHARS_PER_TOKEN)
         around = len(place.lead + place.tail) // 2 + _FRAME_TOKENS
-        return wanted + around + (_THOUGHT_TOKENS if self._request.think else 0)
+        thoughts = _THOUGHT_TOKENS if self._request.think else 0
+        return self._remote.answer_tokens(wanted + around + thoughts)
 
     def _count(self, replied: Replied) -> None:
         used = self._usage

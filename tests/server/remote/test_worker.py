@@ -397,11 +397,12 @@ class TestRefusals:
 
     def test_the_window_follows_from_what_the_model_reads(self) -> None:
         with FakeOpenAI(Reply(texts=[SUM])) as fake:
-            fake.models[0]["max_model_len"] = 2048
+            fake.models[0]["max_model_len"] = 512
             with remote_worker(fake.url) as worker:
-                filled(worker, gap("# filler\n" * 9000 + CODE))
-                assert worker.describe()["prompt_tokens"] == 2048
-            assert len(fake.asked[0]["messages"][0]["content"]) < 2048 * 4
+                assert texts(filled(worker, gap("# filler\n" * 9000 + CODE))) == ["a + b"]
+                assert worker.describe()["prompt_tokens"] == 512
+            (asked,) = fake.asked
+            assert len(asked["messages"][0]["content"]) + 4 * asked["max_tokens"] <= 512 * 4
 
     def test_no_error_quotes_the_request(self, fake: FakeOpenAI, worker: RemoteWorker) -> None:
         fake.script = Reply(status=400, error=f"cannot read {CODE.replace('|', '')!r}: broken")
