@@ -98,7 +98,7 @@ class RotatingLog(RotatingFileHandler):
     logging knows nothing of is written there.
     """
 
-    def __init__(self, path: Path, *, takes_stderr: bool, limit_bytes: int = LIMIT_BYTES) -> None:
+    def __init__(self, path: Path, takes_stderr: bool, limit_bytes: int) -> None:
         self._takes_stderr = takes_stderr
         super().__init__(
             path,
@@ -126,15 +126,16 @@ def to_stderr(settings: Settings) -> None:
     _install(settings, logging.StreamHandler(sys.stderr))
 
 
-def to_file(settings: Settings) -> None:
+def to_file(settings: Settings, limit_bytes: int = LIMIT_BYTES) -> None:
     """Write records to the log file too, or only there where stderr is that file.
 
-    Only the daemon that holds the lock may: two would move the file away under each other.
+    It is moved away when it holds `limit_bytes`. Only the daemon that holds the lock may call this:
+    two would move the file away under each other.
     """
     is_stderr = _is_stderr(settings.log_file)
     if is_stderr:
         logging.root.handlers.clear()
-    _install(settings, RotatingLog(settings.log_file, takes_stderr=is_stderr))
+    _install(settings, RotatingLog(settings.log_file, is_stderr, limit_bytes))
 
 
 def _install(settings: Settings, handler: logging.Handler) -> None:
