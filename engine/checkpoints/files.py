@@ -15,6 +15,8 @@ from torch import Tensor
 
 from infilld.engine.errors import CheckpointMismatch, CheckpointMissing, NotEnoughMemory
 
+# Reading one runs whatever code it holds.
+_PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # What safetensors calls the types that hold plain numbers, and bytes of every type we meet.
 FLOATS = ("F64", "F32", "BF16", "F16")
 _BYTES = {
@@ -57,6 +59,21 @@ class Entry:
 
     def __str__(self) -> str:
         return f"{self.name} is {self.dtype} {list(self.shape)}"
+
+
+def refuse_pickles(source: Path) -> None:
+    """Name a checkpoint whose weights are pickled instead of looking into it.
+
+    Raises:
+        CheckpointMismatch: there is a pickle, and no safetensors file.
+    """
+    beside = [source] if source.is_file() else sorted(source.glob("*"))
+    pickled = [path.name for path in beside if path.suffix in _PICKLED]
+    if pickled and not any(".safetensors" in path.suffixes for path in beside):
+        raise CheckpointMismatch(
+            f"{source} has its weights in {pickled[0]}, a pickle, which could run any code",
+            remedy="Use the model's safetensors or GGUF files; most are published as such too.",
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:

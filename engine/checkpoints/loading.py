@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from infilld.engine.checkpoints.files import Reader
+from infilld.engine.checkpoints.files import Reader, refuse_pickles
 from infilld.engine.checkpoints.gguf import gguf_in, inspect_gguf, read_gguf
 from infilld.engine.checkpoints.kept import inspect_kept, is_kept, read_kept
 from infilld.engine.checkpoints.places import HEAD
@@ -56,6 +56,7 @@ def read_weights(
     """
     if (path := gguf_in(source)) is not None:
         return read_gguf(path, device=device, dtype=dtype)
+    refuse_pickles(source)
     if is_kept(source):
         return read_kept(source, device=device, dtype=dtype)
     return _read(make_plan(source), device, dtype)
@@ -128,6 +129,7 @@ def inspect_checkpoint(source: Path) -> CheckpointSummary:
     """
     if (path := gguf_in(source)) is not None:
         return inspect_gguf(path)
+    refuse_pickles(source)
     if is_kept(source):
         return inspect_kept(source)
     plan = make_plan(source)

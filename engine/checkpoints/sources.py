@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infilld.engine.checkpoints.files import refuse_pickles
 from infilld.engine.checkpoints.gguf import gguf_config, gguf_in, gguf_sampler, gguf_template
 from infilld.engine.config import ModelConfig, SamplerConfig
 
@@ -19,9 +20,11 @@ def config_of(source: Path) -> ModelConfig:
     """Shapes, from config.json or from a GGUF file's metadata.
 
     Raises:
-        CheckpointMissing, CheckpointMismatch: they cannot be read.
+        CheckpointMissing, CheckpointMismatch: they cannot be read, or the weights are pickled.
     """
     path = gguf_in(source)
+    if path is None:
+        refuse_pickles(source)
     return ModelConfig.from_folder(source) if path is None else gguf_config(path)
 
 
