@@ -111,6 +111,7 @@ def service_of(kind: Kind, wanted: Settings, given: set[str]) -> Service:
     words = [*discovery.COMMAND, *(word for pair in chosen for word in pair)]
     environment = {name: os.environ[name] for name in _PASSED_ON if os.environ.get(name)}
     if kind == "systemd":
+        _refuse_unsafe(words[0])
         control = ("systemctl", "--user")
         return Service(
             kind,
@@ -195,6 +196,15 @@ def property_list(words: Sequence[str], environment: Mapping[str, str], log_file
         MARK.encode(),
         rest,
     )
+
+
+def _refuse_unsafe(program: str) -> None:
+    """Refuse what systemd would. Source: systemd's string_is_safe, asked of every program."""
+    if any(c in "\"'\\\x7f" or c < " " for c in program):
+        raise ServiceProblem(
+            f"systemd starts no program with a quote or a backslash in its path: {program!r}",
+            remedy="Install infilld into a folder without them.",
+        )
 
 
 def _quoted(word: str) -> str:
