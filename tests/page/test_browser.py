@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def test_the_link_s_token_leaves_the_address(page: Page, server: LiveServer) -> 
     assert page.run("history.length") <= 2
     assert server.token not in page.run("document.documentElement.outerHTML")
     assert page.text("#health") == "fake on cpu: ready"
-    page.run("location.reload()")
+    page.reload()
     page.wait(READY)
     assert not page.run("document.querySelector('#token-ask').open")
 
@@ -131,6 +130,7 @@ def test_a_daemon_without_tokens_is_not_asked_for_one(page: Page, tmp_path: Path
         page.run("document.querySelector('#as-curl').open = true")
         page.wait("document.querySelector('#curl').textContent")
         assert "Authorization" not in page.text("#curl")
+        page.leave()
 
 
 def test_a_gap_is_filled_before_one_s_eyes(page: Page, server: LiveServer) -> None:
@@ -259,7 +259,7 @@ def test_errors_have_their_remedy(browser: Browser, server: LiveServer) -> None:
         page.run("document.querySelector('#boldness').value = '7'; start()")
         page.wait(f"{FINISHED} && verdict.textContent !== 'Error: context_too_long'")
         assert "boldness" in page.text("#why")
-        assert value(page).count("<|gap|>") == 1
+        assert value(page).count("<|gap|>") == 2
 
 
 def test_loading_is_waited_for(browser: Browser, tmp_path: Path) -> None:
@@ -441,39 +441,34 @@ def test_all_text_has_contrast(page: Page, server: LiveServer, scheme: str) -> N
     assert {name: ratio for name, ratio in ratios.items() if ratio < 4.5} == {}
 
 
-def test_big_files_stay_quick(page: Page, server: LiveServer) -> None:
+def test_big_files_are_sent_whole_and_shown_without_colours(page: Page, server: LiveServer) -> None:
     open_link(page, server)
-    lines = "value = 1\n" * 20_000
+    lines = "value = 1\n" * 7_000
     put(page, lines, 0)
-    took = page.run(
-        "(() => { const began = performance.now(); showText();"
-        "return performance.now() - began; })()"
-    )
-    assert took < 500
+    assert page.run("document.querySelectorAll('#backdrop .n, #text.painted').length") == 0
     page.run("start()")
     page.wait(FINISHED)
-    assert len(asked(server).text) == len(lines)
+    assert asked(server).text == lines
+    assert page.run("document.querySelector('#numbers').textContent").endswith("\n7001")
+    put(page, "value = 1\n")
+    assert page.run("document.querySelectorAll('#backdrop .n, #text.painted').length") == 2
 
 
-@pytest.fixture
-def worded(tmp_path: Path) -> Iterator[LiveServer]:
+class WithoutTokens(FakeWorker):
     """An engine that tells no tokens, as one elsewhere does."""
-    worker = FakeWorker(Script(texts=["return a"], drafts=["return q"]))
-    submit = worker.submit
 
-    def without_tokens(request: Any, on_canvas: Any = None) -> Any:
-        return submit(request, lambda update: on_canvas(replace(update, tokens=())))
+    def submit(self, request: Any, on_canvas: Any = None) -> Any:
+        return super().submit(request, lambda update: on_canvas(replace(update, tokens=())))
 
-    worker.submit = without_tokens  # type: ignore[method-assign]
+
+def test_without_tokens_words_are_shown(page: Page, tmp_path: Path) -> None:
+    worker = WithoutTokens(Script(texts=["return a"], drafts=["return q"]))
     with live_server(tmp_path / "worded", worker) as server:
-        yield server
-
-
-def test_without_tokens_words_are_shown(page: Page, worded: LiveServer) -> None:
-    open_link(page, worded)
-    put(page, "x = ")
-    page.run("start()")
-    page.wait(FINISHED)
-    assert states(page) == ["settled", "noise"]
-    assert "words" in page.text("#sums")
-    assert ghosts(page) == ["return a"]
+        open_link(page, server)
+        put(page, "x = ")
+        page.run("start()")
+        page.wait(FINISHED)
+        assert states(page) == ["settled", "noise"]
+        assert "words" in page.text("#sums")
+        assert ghosts(page) == ["return a"]
+        page.leave()

@@ -173,7 +173,8 @@ class Page:
     def note(self, method: str, params: dict[str, Any]) -> None:
         """Take an event."""
         if method == "Network.requestWillBeSent":
-            self.requests.append(params["request"]["url"])
+            if params["request"]["url"].startswith(("http", "ws", "ftp")):
+                self.requests.append(params["request"]["url"])
         elif method == "Runtime.exceptionThrown":
             thrown = params["exceptionDetails"]
             self.complaints.append(
@@ -206,6 +207,23 @@ class Page:
         """Go there, and wait until its script has run."""
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete' && location.protocol === 'http:'")
+
+    def leave(self) -> None:
+        """Go to an empty page: nothing is asked any more."""
+        self.send("Page.navigate", url="about:blank")
+
+    def reload(self) -> None:
+        """Load the same address again, and wait until its script has run."""
+        self.run("window.isOld = true")
+        self.send("Page.reload")
+        self.wait_for(self._is_loaded_anew, "loaded again")
+
+    def _is_loaded_anew(self) -> bool:
+        try:
+            return bool(self.run("!window.isOld && document.readyState === 'complete'"))
+        except BrowserProblem:
+            # Asked of the page that just went away.
+            return False
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page, a promise's when it is kept."""
