@@ -107,6 +107,18 @@ class Remote:
         async with self._places:
             return await self._service.chat(body, on_text)
 
+    async def forward(
+        self, body: dict[str, Any], on_canvas: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Hand an infill on to another infilld; see `Service.infill`."""
+        async with self._places:
+            return await self._service.infill(body, on_canvas)
+
+    @property
+    def is_infilld(self) -> bool:
+        """Whether it takes an infill as it is."""
+        return self._health.model is not None and self._health.model.is_infilld
+
     def error_of(self, refused: Refused, grammar: Grammar | None) -> InfilldError:
         """What a refusal means for whoever asked."""
         where = f"the remote engine at {self.url}"

@@ -5,7 +5,7 @@ Nothing it says is repeated as it came: it may quote the request, which is sourc
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from infilld.engine.errors import InfilldError, Unavailable
@@ -40,17 +40,22 @@ class Refused(Exception):
     """A 4xx: this request cannot be served as it is.
 
     Attributes:
-        status: of the answer. said: the service's own words, short and without source text.
+        status: of the answer. code: of its error; empty: it has none.
+        said: the service's own words, short and without source text.
         names: of the optional keys that its words name. is_too_long: the prompt is.
     """
 
-    def __init__(self, status: int, said: str, names: Collection[str], is_too_long: bool) -> None:
+    def __init__(
+        self, status: int, code: str, said: str, names: Collection[str], is_too_long: bool
+    ) -> None:
         super().__init__(said)
-        self.status, self.said = status, said
+        self.status, self.code, self.said = status, code, said
         self.names, self.is_too_long = names, is_too_long
 
 
-def refusal(status: int, body: bytes, sent: dict[str, Any], optional: Collection[str]) -> Refused:
+def refusal(
+    status: int, body: bytes, sent: Mapping[str, Any], optional: Collection[str]
+) -> Refused:
     """What a 4xx says.
 
     Args:
@@ -60,16 +65,20 @@ def refusal(status: int, body: bytes, sent: dict[str, Any], optional: Collection
     names = [name for name in optional if name in sent and name in raw]
     # Some say it in a code beside the message.
     is_too_long = bool(_TOO_LONG.search(body.decode("utf-8", errors="replace")))
-    return Refused(status, quoted(raw, sent.get("messages")), names, is_too_long)
+    return Refused(status, _code(body), quoted(raw, sent), names, is_too_long)
 
 
-def quoted(raw: str, messages: object = None) -> str:
-    """Words of a service in one short line, or a note where they repeat what users wrote."""
+def quoted(raw: str, sent: Mapping[str, Any]) -> str:
+    """Words of a service in one short line, or a note where they repeat what users wrote.
+
+    Args:
+        raw: the words. sent: the request that they are about.
+    """
     said = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\s]+", " ", raw).strip()[:_MOST_QUOTED_CHARS]
     if not said:
         return "it does not say why"
     # However it is escaped: only letters and digits are compared.
-    text, bare = _bare("\n".join(_texts(messages))), _bare(said)
+    text, bare = _bare("\n".join(_texts(sent.get("messages", sent)))), _bare(said)
     pieces = (bare[at : at + _COPIED_CHARS] for at in range(len(bare) - _COPIED_CHARS + 1))
     if any(piece in text for piece in pieces):
         return "its words quote the request and are left out"
@@ -95,6 +104,13 @@ def message_of(body: bytes) -> str:
             if isinstance(inner, str):
                 return inner
     return text
+
+
+def _code(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["code"])
+    except (ValueError, LookupError, TypeError):
+        return ""
 
 
 def _texts(sent: object) -> list[str]:

@@ -8,6 +8,7 @@ from infilld.engine.errors import InfilldError, Unavailable
 from infilld.engine.scheduler import AnyJob, AnyResult
 from infilld.server.remote.asking import Remote
 from infilld.server.remote.faults import KeyRefused, Unreachable, down, key_refused
+from infilld.server.remote.forwarding import Forwarding
 from infilld.server.remote.health import Health
 from infilld.server.remote.infilling import Infilling
 from infilld.server.remote.standby import Standby
@@ -91,10 +92,13 @@ class Route:
             is_final = isinstance(work, Talking) and work.has_spoken
             return _Failed(problem, may_retry=may_retry, is_final=is_final)
 
-    def _begun(self, job: AnyJob) -> Infilling | Talking:
+    def _begun(self, job: AnyJob) -> Forwarding | Infilling | Talking:
         request = job.request
         if isinstance(request, ChatRequest):
             return Talking(self._remote, request, job.id, job.deadline_at, job.on_canvas)
+        # Its own route has no grammars.
+        if self._remote.is_infilld and request.grammar is None:
+            return Forwarding(self._remote, request, job.id, job.deadline_at, job.on_canvas)
         return Infilling(self._remote, request, job.id, job.deadline_at, job.on_canvas)
 
 

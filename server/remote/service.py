@@ -69,11 +69,15 @@ class Replied:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the service; `context_tokens` is 0 where it is not told."""
+    """A model of the service; `context_tokens` is 0 where it is not told.
+
+    `is_infilld`: it is served by another infilld, which takes an infill as it is.
+    """
 
     name: str
     context_tokens: int = 0
     is_ready: bool = True
+    is_infilld: bool = False
 
 
 class KeyFile:
@@ -178,20 +182,56 @@ class Service:
     async def _chat(
         self, sent: dict[str, Any], on_text: Callable[[Replied], None] | None
     ) -> Replied:
-        replied = Replied()
-        rest, is_ended = b"", False
-        async with aclosing(self._exchange("POST", "/v1/chat/completions", sent, None)) as chunks:
-            async for chunk in chunks:
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    is_ended = _take(line, replied, sent) or is_ended
-                if on_text is not None and lines:
+        replied, is_ended = Replied(), False
+        async with aclosing(self._lines("/v1/chat/completions", sent)) as lines:
+            async for line in lines:
+                is_ended = _take(line, replied, sent) or is_ended
+                if on_text is not None:
                     on_text(replied)
-        # What ignores `stream` answers with one object.
-        is_ended = _take(rest, replied, sent) or is_ended
         if not is_ended and not any(each.finish for each in replied.answers.values()):
             raise Unreachable("the answer broke off", is_down=False)
         return replied
+
+    async def infill(
+        self, sent: dict[str, Any], on_canvas: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """Ask another infilld.
+
+        Args:
+            sent: body of `/v1/infill`, streamed. on_canvas: called with the data of each event.
+
+        Returns:
+            The reply.
+
+        Raises:
+            Unreachable, KeyRefused, Refused.
+        """
+        event = b""
+        async with aclosing(self._lines("/v1/infill", sent)) as lines:
+            async for line in lines:
+                name, _, value = line.partition(b":")
+                if name == b"event":
+                    event = value.strip()
+                elif name == b"data":
+                    told = _object(value)
+                    if event == b"done":
+                        return told
+                    if event == b"error":
+                        raise _failed(value, sent)
+                    on_canvas(told)
+        raise Unreachable("the answer broke off", is_down=False)
+
+    async def _lines(self, path: str, sent: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+        """The lines of an answer that are not empty."""
+        rest = b""
+        async with aclosing(self._exchange("POST", path, sent, None)) as chunks:
+            async for chunk in chunks:
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    if line.strip():
+                        yield line.strip()
+        if rest.strip():
+            yield rest.strip()
 
     async def _exchange(
         self, method: str, path: str, sent: Mapping[str, Any] | None, timeout_s: float | None
@@ -229,6 +269,24 @@ class Service:
             ) from None
 
 
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        told = json.loads(raw)
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise Unreachable("it does not answer as infilld does", is_down=False)
+    return told
+
+
+def _failed(raw: bytes, sent: dict[str, Any]) -> Exception:
+    """What an error in a stream of infilld means."""
+    refused = refusal(400, raw, sent, ())
+    if refused.code in ("busy", "cancelled", "internal", "loading", "model_error", "unavailable"):
+        return Unreachable(f"it failed; {refused.said}", is_down=False)
+    return refused
+
+
 def _model(told: Mapping[str, Any]) -> Model:
     state = told.get("state")
     return Model(
@@ -237,6 +295,7 @@ def _model(told: Mapping[str, Any]) -> Model:
         context_tokens=_whole(told.get("max_model_len")) or _whole(told.get("prompt_tokens")),
         # As another infilld says it; others are not there before they can answer.
         is_ready=state not in ("loading", "failed"),
+        is_infilld=told.get("owned_by") == "infilld",
     )
 
 
@@ -256,7 +315,7 @@ async def _problem(response: httpx.Response, sent: dict[str, Any]) -> Exception:
     if status in (401, 403):
         return KeyRefused()
     if status >= 500:
-        said = quoted(message_of(body), sent.get("messages"))
+        said = quoted(message_of(body), sent)
         is_down = status in (502, 503, 504)
         return Unreachable(f"it answers {status}; {said}", is_down=is_down)
     if 300 <= status < 400 or status < 200:
@@ -273,18 +332,18 @@ def _take(line: bytes, replied: Replied, sent: Mapping[str, Any]) -> bool:
     Raises:
         Unreachable: it is no event of a chat, or tells of an error.
     """
-    text = line.strip()
+    text = line
     if text.startswith(b"data:"):
         text = text.removeprefix(b"data:").strip()
     elif not text.startswith(b"{"):
-        # An empty line, a comment, the name of an event.
+        # A comment, or the name of an event. What ignores `stream` answers with one object.
         return False
     if text == b"[DONE]":
         return True
     try:
         told = json.loads(text)
         if "error" in told and "choices" not in told:
-            said = quoted(_error(told["error"]), sent.get("messages"))
+            said = quoted(_error(told["error"]), sent)
             raise Unreachable(f"it failed; {said}", is_down=False)
         for choice in told.get("choices") or ():
             _add(choice, replied.answers.setdefault(int(choice.get("index", 0)), Written()))

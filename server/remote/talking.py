@@ -45,7 +45,7 @@ class Talking:
         self._remote, self._request, self._id = remote, request, job_id
         self._until = None if deadline_at is None else deadline_at - _MARGIN_S
         self._on_update = on_update
-        self._updates = 0
+        self._updates = self._chars = 0
         self._so_far = Replied()
 
     async def answer(self) -> ChatResult:
@@ -101,9 +101,12 @@ class Talking:
     def _heard(self, so_far: Replied) -> None:
         self._so_far = so_far
         answer = so_far.answers.get(0)
-        if self._on_update is None or answer is None or not (answer.text or answer.thoughts):
+        if self._on_update is None or answer is None:
             return
-        self.has_spoken = True
+        chars = len(answer.text) + len(answer.thoughts)
+        if chars == self._chars:
+            return
+        self._chars, self.has_spoken = chars, True
         update = ChatUpdate(
             seq=self._updates,
             canvas=self._updates,
