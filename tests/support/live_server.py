@@ -34,11 +34,15 @@ _ANSWER_S = 60.0
 
 @contextmanager
 def live_server(
-    state_dir: Path, worker: FakeWorker | None = None, *, auth: bool = True
+    state_dir: Path,
+    worker: FakeWorker | None = None,
+    *,
+    auth: bool = True,
+    socket: Path | None = None,
 ) -> Iterator[LiveServer]:
     """Serve a fake worker until the block ends."""
     fake = worker or FakeWorker()
-    settings = Settings(state_dir=state_dir, port=0, auth=auth)
+    settings = Settings(state_dir=state_dir, port=0, auth=auth, socket=socket)
     with serving(settings, fake) as found:
         yield LiveServer(settings, fake, found.url, found.token)
 
