@@ -155,7 +155,8 @@ def exposition(families: Iterable[Family]) -> str:
         lines += [f"# HELP {family.name} {text}", f"# TYPE {family.name} {family.type}"]
         for ending, labels, value in family.samples:
             pairs = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
-            lines.append(f"{family.name}{ending}{f'{{{pairs}}}' if pairs else ''} {float(value)!r}")
+            shown = value if isinstance(value, float) else int(value)
+            lines.append(f"{family.name}{ending}{f'{{{pairs}}}' if pairs else ''} {shown}")
     return "\n".join(lines) + "\n"
 
 

@@ -136,7 +136,9 @@ def _running(stats: Mapping[str, Any], entry: Mapping[str, Any], pid: int) -> di
     load_s = entry.get("last_load_s", stats.get("last_load_s"))
     if load_s is not None:
         told["last load"] = f"{load_s:.1f} s"
-    for name in ("failure", "switch_failure"):
+    if entry.get("engine") is not None:
+        told["engine"] = f"{entry['engine']}, {entry.get('url')}"
+    for name in ("failure", "switch_failure", "problem"):
         said = stats.get(name) or entry.get(name)
         if said:
             told[name.replace("_", " ")] = said
