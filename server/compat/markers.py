@@ -120,14 +120,14 @@ def _outer(family: _Family, marks: list[re.Match[str]], wanted: str) -> re.Match
     Where the text has part of a pattern only, the last marker of this name.
     """
     ends = family.middle if family.needs_middle else wanted
-    depth = 0
+    is_inner = False
     for mark in marks:
-        if mark[0] == wanted and depth == 0:
+        if mark[0] == wanted and not is_inner:
             return mark
         if mark[0] == ends:
-            depth = max(0, depth - 1)
+            is_inner = False
         elif mark[0] != wanted:
-            depth += 1
+            is_inner = True
     return next((mark for mark in reversed(marks) if mark[0] == wanted), None)
 
 

@@ -6,6 +6,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from dialects import events, last_asked, post
 from fake_worker import FakeWorker, Script
@@ -151,6 +152,10 @@ def test_several_prompts_are_answered_in_order(served: LiveServer) -> None:
     *chunks, _ = events(served, PATH, body)
     sent = [each for chunk in chunks for each in chunk["choices"] if each["text"]]
     assert [(each["index"], each["text"]) for each in sent] == expected
+    first, second = served.worker.jobs[-2:]
+    assert {chunk["id"] for chunk in chunks} == {f"cmpl-{first.id}"}
+    told = [chunk["infilld"]["id"] for chunk in chunks if "infilld" in chunk]
+    assert told == [first.id, first.id, second.id, second.id]
 
 
 def test_the_prompt_is_echoed_as_it_was_sent(served: LiveServer) -> None:
@@ -339,6 +344,21 @@ def test_closing_the_connection_cancels(server: LiveServer, is_streamed: bool) -
         server.worker.wait_for(lambda: len(server.worker.jobs) == 1)
         if is_streamed:
             assert connection.recv(15) == b"HTTP/1.1 200 OK"
+    server.worker.wait_for(lambda: server.worker.stats()["cancelled"] == 1)
+
+
+def test_closing_a_stream_cancels_its_later_prompts(server: LiveServer) -> None:
+    def script(asked: Any) -> Script:
+        if asked.text == "b":
+            server.worker.hold()
+        return Script()
+
+    server.worker.script = script
+    headers = {"Authorization": f"Bearer {server.token}"}
+    body = {"prompt": ["a", "b"], "stream": True}
+    with httpx.stream("POST", server.url + PATH, json=body, headers=headers) as got:
+        assert next(got.iter_text()).startswith("data: ")
+        server.worker.wait_for(lambda: len(server.worker.jobs) == 2)
     server.worker.wait_for(lambda: server.worker.stats()["cancelled"] == 1)
 
 
