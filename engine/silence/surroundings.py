@@ -10,6 +10,7 @@ from typing import Literal
 
 from infilld.engine.silence.brackets import Brackets, Faults
 from infilld.engine.silence.lines import Lines
+from infilld.engine.silence.markup import Markup
 from infilld.engine.silence.overlap import Overlap
 from infilld.engine.silence.python import PythonText
 from infilld.engine.silence.repetition import repetition
@@ -104,10 +105,21 @@ class Surroundings:
         )
 
     @functools.cached_property
+    def _markup(self) -> Markup:
+        return Markup(self._prefix, self._suffix, self._language)
+
+    @functools.cached_property
     def _as_it_was(self) -> tuple[Faults, ...]:
+        return self._without_fill(self._brackets)
+
+    @functools.cached_property
+    def _markup_as_it_was(self) -> tuple[Faults, ...]:
+        return self._without_fill(self._markup)
+
+    def _without_fill(self, scanner: Brackets | Markup) -> tuple[Faults, ...]:
         """What has no partner with nothing in the gap, and with what stood there."""
         texts = ("", self._replaced) if self._replaced else ("",)
-        return tuple(found for text in texts if (found := self._brackets.faults(text)) is not None)
+        return tuple(found for text in texts if (found := scanner.faults(text)) is not None)
 
     def _opens_block(self, fill: str) -> bool:
         """Whether the last brace of a fill starts a block that nothing ends yet."""
@@ -118,16 +130,10 @@ class Surroundings:
 
     def _unbalanced(self, fill: str) -> str | None:
         found = self._brackets.faults(fill)
-        if found is None or not found.total or not self._as_it_was:
-            return None
-        if any(map(found.is_within, self._as_it_was)):
-            return None
-        least = self._as_it_was[0]
-        if found.openers > least.openers:
-            return "The text opens a bracket that nothing closes."
-        if found.closers > least.closers:
-            return "The text closes a bracket that nothing opens."
-        return "The text leaves a string or a comment open."
+        if found is not None and (why := _excess(found, self._as_it_was, "bracket")):
+            return why
+        found = self._markup.faults(fill)
+        return None if found is None else _excess(found, self._markup_as_it_was, self._markup.kind)
 
     def _is_broken_by(self, fill: str, until: float | None) -> bool:
         if until is not None and time.monotonic() >= until:
@@ -137,3 +143,18 @@ class Surroundings:
         if until is not None and time.monotonic() >= until:
             return False
         return self._language == "python" and self._python.is_broken_by(fill)
+
+
+def _excess(found: Faults, as_it_was: tuple[Faults, ...], kind: str) -> str | None:
+    """What has no partner only since the fill; None: nothing, or that cannot be said."""
+    if not found.total or not as_it_was or any(map(found.is_within, as_it_was)):
+        return None
+    least = as_it_was[0]
+    # What a comment or a quote swallows has no partner either.
+    if found.quotes > least.quotes and kind != "bracket":
+        return "The text leaves a quote, a code span, a tag or a comment open."
+    if found.openers > least.openers:
+        return f"The text opens a {kind} that nothing closes."
+    if found.closers > least.closers:
+        return f"The text closes a {kind} that nothing opens."
+    return "The text leaves a string or a comment open."
