@@ -212,15 +212,21 @@ def _list(wanted: Settings, *, as_json: bool) -> int:
             {
                 "model": name,
                 "folder": str(folder),
-                "configured": name == wanted.model,
+                "configured": name == wanted.model and wanted.engine_url is None,
                 "present": (folder / "config.json").is_file() or _stored_bytes(folder) > 0,
                 "stored_bytes": _stored_bytes(folder),
             }
         )
+    if wanted.engine_url is not None:
+        there = {"model": wanted.engine_model, "folder": None, "url": wanted.engine_url}
+        rows.insert(0, {**there, "configured": True, "present": True, "stored_bytes": 0})
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return 0
     for row in rows:
+        if row["folder"] is None:
+            sys.stdout.write(f"* {row['model']}  of the remote engine at {row['url']}\n")
+            continue
         mark = "*" if row["configured"] else " "
         state = _size(row["stored_bytes"]) if row["present"] else "no checkpoint there"
         sys.stdout.write(f"{mark} {row['model']}  {state}  {row['folder']}\n")

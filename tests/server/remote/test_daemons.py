@@ -241,3 +241,21 @@ def test_errors_of_the_other_daemon_are_plain(tmp_path: Path) -> None:
         pytest.raises(ServerProblem, match="not answer"),
     ):
         client.wait_ready(20)
+
+
+def test_models_and_doctor_say_remote(
+    team: tuple[Daemon, FakeWorker], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, _ = team
+    engine = ["--engine", f"openai:{found.url}", "--state-dir", str(tmp_path / "mine")]
+    assert cli.main(["models", *engine]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"* auto  of the remote engine at {found.url}"
+    assert lines[1].startswith("  starter")
+    key = str(tmp_path / "team" / "token")
+    cli.main(["doctor", *engine, "--engine-key-file", key, "--port", "0"])
+    assert f"ok    engine: fake at {found.url}" in capsys.readouterr().out
+    cli.main(["doctor", *engine, "--port", "0"])
+    said = capsys.readouterr().out
+    assert "FAIL  engine" in said
+    assert "engine_key_file" in said
