@@ -15,18 +15,21 @@ from fastapi.openapi.utils import get_openapi
 
 from infilld.server import sse, wire
 from infilld.server.guard import OPEN_PATHS
+from infilld.server.problems import OLLAMA_PATHS
 
 ERROR = "ErrorReply"
 _ABOUT_ERRORS = {
     "400": "The request means nothing, or the loaded model cannot serve it.",
     "401": "The bearer token is absent or not this daemon's.",
     "403": "The Host or the Origin header is foreign.",
+    "408": "The body did not come in time.",
     "413": "The body is too large.",
     "415": "The body is not JSON.",
     "429": "Too many requests wait; try again.",
+    "431": "The headers are too large.",
     "503": "The model is being loaded, or the daemon is stopping; try again.",
 }
-_WITH_BODY = ("413", "415", "429")
+_WITH_BODY = ("408", "413", "415", "429")
 _EVENTS = (
     "With `stream: true`: `event: canvas` after every pass, with the whole text of each span and "
     "how many of its leading code points are settled; then one `event: done`, whose data is the "
@@ -85,6 +88,16 @@ def _explain(properties: dict[str, Any], model: type) -> None:
                 properties[name]["description"] = inspect.cleandoc(text)
 
 
+def _error_of(path: str) -> dict[str, Any]:
+    if path.startswith(OLLAMA_PATHS):
+        return {
+            "type": "object",
+            "properties": {"error": {"type": "string"}},
+            "required": ["error"],
+        }
+    return {"$ref": f"#/components/schemas/{ERROR}"}
+
+
 def _complete(path: str, operation: dict[str, Any]) -> None:
     """Add what can come of any request by this operation."""
     answers = operation["responses"]
@@ -95,8 +108,7 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
             continue
         if status in _WITH_BODY and "requestBody" not in operation:
             continue
-        schema = {"$ref": f"#/components/schemas/{ERROR}"}
-        content = {"application/json": {"schema": schema}}
+        content = {"application/json": {"schema": _error_of(path)}}
         answers.setdefault(status, {"description": text, "content": content})
 
 

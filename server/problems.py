@@ -55,7 +55,8 @@ TYPES: Mapping[int, str] = {
 """What `type` says of a status, in OpenAI's and llama.cpp's words; else by its hundreds."""
 OLLAMA_PATHS = "/api/"
 _QUOTED_CHARS = 80
-_LONG_QUOTE = re.compile(r"""(['"`])((?:(?!\1).){80})(?:(?!\1).)+\1""", re.DOTALL)
+# Not the apostrophe of a word.
+_LONG_QUOTE = re.compile(r"""(?<!\w)(['"`])((?:(?!\1).){80})(?:(?!\1).)+\1""", re.DOTALL)
 
 
 def body(
