@@ -309,6 +309,20 @@ def test_a_slow_disk_costs_records_not_memory(path: Path, monkeypatch: pytest.Mo
     assert len(rows(path)) == 50 - int(str(kept.status()["dropped"]))
 
 
+def test_a_report_that_takes_long_is_told_again_for_a_while(
+    statistics: Statistics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reports = []
+
+    def slow(path: Path) -> dict[str, object]:
+        time.sleep(0.15)
+        reports.append(path)
+        return {"total": len(reports)}
+
+    monkeypatch.setattr(store, "report", slow)
+    assert [statistics.report() for _ in range(3)] == [{"total": 1}] * 3
+
+
 FULL = """
 import resource, signal, sys
 from pathlib import Path
