@@ -130,19 +130,20 @@ class Resident:
         return left_s
 
     def describe(self) -> dict[str, object]:
-        """What is loaded, for people."""
+        """What is loaded, for people; needs no lock, which may be held while memory is freed."""
+        following = self._next
         told: dict[str, object] = {
             "model": self.name,
             "folder": str(self.folder),
-            "state": "switching" if self._next is not None else self.state,
+            "state": self.state if following is None else "switching",
         }
         told |= self.about
         if self.engine is None and self.about:
             told["memory_bytes"] = 0
         if self._load_s is not None:
             told["last_load_s"] = round(self._load_s, 3)
-        if self._next is not None:
-            told["switching_to"] = self._next[1]
+        if following is not None:
+            told["switching_to"] = following[1]
         if self.switch_failure is not None:
             told["switch_failure"] = self.switch_failure
         return told
@@ -209,7 +210,7 @@ class Resident:
         with self._lock:
             if failure is not None:
                 log.warning("%s stays: %s", self.name, failure)
-                self.switch_failure = f"{failure} {failure.remedy}".strip()
+                self.switch_failure = ". ".join(filter(None, (str(failure), failure.remedy)))
             never_came = self.failure
             if never_came is not None:
                 self.state = "failed"

@@ -233,8 +233,7 @@ class Worker:
 
         During a switch `state` is `switching` and `switching_to` names the next model.
         """
-        with self._wake:
-            return self._resident.describe()
+        return self._resident.describe()
 
     def stats(self) -> dict[str, object]:
         """Counts since the start and times of the last jobs, in ms.
@@ -378,7 +377,7 @@ def _settled(run: Run, outcome: AnyResult | BaseException) -> AnyResult | BaseEx
     if isinstance(outcome, torch.OutOfMemoryError):
         return NotEnoughMemory(str(outcome))
     if not isinstance(outcome, InfilldError):
-        log.error("job %s failed", job.id, exc_info=outcome)
+        log.error("job %s failed", job.id, exc_info=outcome, extra={"job": job.id})
     return outcome
 
 

@@ -206,7 +206,7 @@ def test_a_checkpoint_that_cannot_be_used_costs_nobody_the_model_they_have(
     worker.switch(Path("typo"))
     told = switched(worker)
     assert (told["model"], told["state"]) == ("tiny", "ready")
-    assert told["switch_failure"] == "typo: no such folder Look for it."
+    assert told["switch_failure"] == "typo: no such folder. Look for it."
     assert worker._resident.engine is engine
     assert loads.folders == ["tiny"]
     # The next switch says nothing of it any more.
@@ -229,7 +229,7 @@ def test_a_model_that_does_not_load_gives_way_to_the_one_before(
     assert waiting.future.result(WAIT_S).reason in ("ok", "empty")
     told = switched(worker)
     assert (told["model"], told["state"]) == ("tiny", "ready")
-    assert told["switch_failure"] == f"large needs 80 GB {NotEnoughMemory.remedy}"
+    assert told["switch_failure"] == f"large needs 80 GB. {NotEnoughMemory.remedy}"
     # What failed is no reason to keep anything of it in memory.
     assert loads.failures["large"].__traceback__ is None
     assert loads.alive == [0, 0, 0]
