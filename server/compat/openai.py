@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Request
+from fastapi.openapi.models import Example
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
@@ -21,6 +22,19 @@ from infilld.server.problems import OPENAI, TABBY
 from infilld.server.wire import Text
 
 MAX_PROMPTS = 32
+
+
+_WITH_SUFFIX: dict[str, Any] = {
+    "model": "any",
+    "prompt": "def add(a, b):\n    return ",
+    "suffix": "\n\n\nprint(add(1, 2))\n",
+    "max_tokens": 32,
+    "stop": ["\n\n"],
+}
+_WITH_MARKERS: dict[str, Any] = {
+    "model": "any",
+    "prompt": "<|fim_prefix|>def add(a, b):\n    return <|fim_suffix|>\n<|fim_middle|>",
+}
 
 
 def _prompts(value: Any) -> Any:
@@ -56,24 +70,7 @@ class CompletionRequest(grammars.Constrained):
     other keys of samplers are taken and ignored: a canvas is not sampled token by token.
     """
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "any",
-                    "prompt": "def add(a, b):\n    return ",
-                    "suffix": "\n\n\nprint(add(1, 2))\n",
-                    "max_tokens": 32,
-                    "stop": ["\n\n"],
-                },
-                {
-                    "model": "any",
-                    "prompt": "<|fim_prefix|>def add(a, b):\n    return <|fim_suffix|>\n"
-                    "<|fim_middle|>",
-                },
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [_WITH_SUFFIX, _WITH_MARKERS]})
 
     model: Text | None = None
     prompt: Prompts = Field(default_factory=lambda: [""])
@@ -189,13 +186,22 @@ AnyRequest = Annotated[
 ]
 
 
+_EXAMPLES: dict[str, Example] = {
+    "suffix": {"value": _WITH_SUFFIX},
+    "markers": {"value": _WITH_MARKERS},
+    "tabby": {"value": tabby.EXAMPLE},
+}
+
+
 def router(jobs: Jobs) -> APIRouter:
     """The route over one engine, with Tabby's beside it."""
     routes = APIRouter()
     tabbies = tabby.Tabby(jobs)
 
     @routes.post("/v1/completions", response_model=Completion | tabby.TabbyReply)
-    async def completions(asked: Annotated[AnyRequest, Body()], request: Request) -> Response:
+    async def completions(
+        asked: Annotated[AnyRequest, Body(openapi_examples=_EXAMPLES)], request: Request
+    ) -> Response:
         """Fill the gap between `prompt` and `suffix`, or Tabby's `segments`.
 
         `stream: true` answers with `data:` events, closed by `data: [DONE]`. A text is sent when

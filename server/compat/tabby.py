@@ -23,6 +23,14 @@ from infilld.server.wire import MAX_CHARS, Text
 
 ID_PREFIX = "cmpl-"
 _REMEMBERED_ANSWERS = 256
+EXAMPLE: dict[str, Any] = {
+    "language": "python",
+    "segments": {
+        "prefix": "def add(a, b):\n    return ",
+        "suffix": "\n",
+        "filepath": "add.py",
+    },
+}
 NEXT_EDIT = "next_edit_suggestion"
 
 
@@ -86,20 +94,7 @@ class DebugOptions(fields.Body):
 class TabbyRequest(fields.Body):
     """Tabby's body of `POST /v1/completions`, told apart by `segments`."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "language": "python",
-                    "segments": {
-                        "prefix": "def add(a, b):\n    return ",
-                        "suffix": "\n",
-                        "filepath": "add.py",
-                    },
-                }
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
     language: Text | None = None
     segments: Segments | None = None

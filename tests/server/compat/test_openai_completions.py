@@ -255,6 +255,19 @@ def test_bodies_of_editors(served: LiveServer, body: dict[str, Any]) -> None:
     assert last_asked(served.worker).text == P + S
 
 
+@pytest.mark.parametrize("path", [PATH, "/v1/fim/completions", "/v1/edit/completions"])
+def test_the_examples_are_served(served: LiveServer, path: str) -> None:
+    headers = {"Authorization": f"Bearer {served.token}"}
+    told = httpx.get(f"{served.url}/openapi.json", headers=headers, timeout=20).json()
+    (content,) = told["paths"][path]["post"]["requestBody"]["content"].values()
+    name = content["schema"].get("$ref", "").rpartition("/")[2]
+    examples = told["components"]["schemas"].get(name, {}).get("examples") or [
+        example["value"] for example in content["examples"].values()
+    ]
+    for body in examples:
+        assert post(served, path, body).json()["infilld"]["reason"] == "ok"
+
+
 @pytest.mark.parametrize(
     ("body", "word"),
     [
