@@ -14,6 +14,7 @@ import pytest
 from fake_worker import FakeWorker
 from live_server import serving
 
+from infilld.lsp.daemon import DaemonLink
 from infilld.server import cli, discovery, ports, wire
 from infilld.server.client import AsyncClient, Client
 from infilld.server.discovery import Daemon, DaemonProblem
@@ -163,3 +164,19 @@ def test_status_and_fill_speak_over_it(
             assert path_of(wanted).exists()
     finally:
         discovery.stop(wanted, 60)
+
+
+@pytest.mark.asyncio
+async def test_the_bridge_s_link_speaks_over_it(
+    found: Daemon, wanted: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INFILLD_STATE_DIR", str(wanted.state_dir))
+    monkeypatch.setenv("INFILLD_SOCKET", str(wanted.socket))
+    link = DaemonLink(lambda state, why: None)
+    link.may_start = False
+    client = await link.client(20)
+    assert client is not None, link.why
+    assert (await client.infill(REQUEST)).reason == "ok"
+    assert link.daemon is not None
+    assert link.daemon.url == found.url
+    await link.close()
