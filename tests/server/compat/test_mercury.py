@@ -1,18 +1,31 @@
 """`POST /v1/edit/completions`: tagged documents, and the region that comes back."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from dialects import last_asked, post
 from fake_worker import Script
 from hypothesis import given
 from hypothesis import strategies as st
-from live_server import LiveServer
+from live_server import LiveServer, serving
+from tiny_infill import tiny_config, tiny_model
+from tiny_tokenizers import chat_template, chat_tokenizer
 
+from infilld.engine import resident
+from infilld.engine.chat_prompt import ChatLayout
+from infilld.engine.config import SamplerConfig
 from infilld.engine.errors import UnknownOption
+from infilld.engine.infill import Infiller
+from infilld.engine.plan import FillMethod
 from infilld.engine.request import Context, Span
+from infilld.engine.worker import Worker
+from infilld.server.client import Client
 from infilld.server.compat.mercury import Document, parse
+from infilld.server.settings import Settings
 
 PATH = "/v1/edit/completions"
 DIFF = "--- a.py\n+++ a.py\n@@ -1,1 +1,1 @@\n-import o\n+import os"
@@ -165,3 +178,33 @@ def test_bad_bodies_say_what_is_wrong(served: LiveServer, body: object, word: st
 def test_a_document_without_a_region_is_refused() -> None:
     with pytest.raises(UnknownOption):
         parse("<|/code_to_edit|> <|code_to_edit|>")
+
+
+def test_a_real_engine_that_follows_instructions_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On random weights: what it writes makes no sense, and stands between the same lines."""
+    tokenizer = chat_tokenizer()
+    config = replace(tiny_config(tokenizer.vocab_tokens, canvas_tokens=64), max_positions=2048)
+    engine = Infiller(
+        tiny_model(config),
+        tokenizer,
+        replace(SamplerConfig(), max_steps=4),
+        FillMethod(holds_back=False, trims=False),
+        layout=ChatLayout(tokenizer, chat_template()),
+    )
+    monkeypatch.setattr(resident, "load_infiller", lambda *wishes: engine)
+    wanted = Settings(state_dir=tmp_path / "state", port=0)
+    with serving(wanted, Worker(Path("tiny"))) as found:
+        with Client(found.url, found.token) as client:
+            client.wait_ready(20)
+        body = {"messages": [{"role": "user", "content": CURSORTAB}], "seed": 1}
+        headers = {"Authorization": f"Bearer {found.token}"}
+        got = httpx.post(found.url + PATH, json=body, headers=headers, timeout=60)
+    assert got.status_code == 200, got.text
+    told, usage = got.json()["infilld"], got.json()["usage"]
+    text = got.json()["choices"][0]["message"]["content"]
+    assert text.startswith("```\n")
+    assert text.endswith("\n```")
+    assert usage["prompt_tokens"] > 0
+    assert (text == f"```\n{REGION}```") == (told["reason"] != "ok")
