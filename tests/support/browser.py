@@ -273,8 +273,8 @@ class Page:
             self.send("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **where)
 
     def press(self, key: str, *, ctrl: bool = False) -> None:
-        """Press a key that has a name."""
-        code, text = _KEYS[key]
+        """Press a key that has a name, or a letter."""
+        code, text = _KEYS.get(key, (ord(key.upper()[0]), key))
         pressed = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 2 * ctrl}
         if text and not ctrl:
             pressed["text"] = text
