@@ -16,6 +16,7 @@ from torch import Tensor
 from infilld.engine.config import SamplerConfig
 from infilld.engine.conversation import ChatAnswer, ChatRequest, ChatResult, ChatUpdate
 from infilld.engine.draft import canvas_tokens, steady
+from infilld.engine.errors import InfilldError
 from infilld.engine.matching import GrammarTokens
 from infilld.engine.pace import Pace
 from infilld.engine.passes import CanvasModel, Work, together
@@ -153,6 +154,15 @@ class Converser:
                 total_ms=1e3 * total,
             ),
         )
+
+    @property
+    def can_think(self) -> bool:
+        """Whether the model may be asked to think before it answers."""
+        try:
+            return self._turns.can_think
+        except InfilldError:
+            # Its template knows no conversation; whoever asks for one hears why.
+            return False
 
     @cached_property
     def _turns(self) -> Turns:

@@ -148,6 +148,11 @@ class Infiller:
         )
 
     @property
+    def can_think(self) -> bool:
+        """Whether the model may be asked to think before it answers."""
+        return self._converser.can_think
+
+    @property
     def prompt_tokens(self) -> int:
         """Longest prompt that is encoded."""
         return min(_PROMPT_TOKENS, max(8, self.model.context_tokens))

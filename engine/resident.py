@@ -271,6 +271,8 @@ def _about(engine: Infiller) -> dict[str, object]:
         "memory_bytes": model.nbytes,
         "canvas_tokens": model.config.canvas_tokens,
         "prompt_tokens": engine.prompt_tokens,
+        "context_tokens": model.context_tokens,
+        "thinking": engine.can_think,
         "follows_instructions": engine.layout.follows_instructions,
     }
 

@@ -111,6 +111,7 @@ class Schedule:
     """
 
     def __init__(self, max_live: int = MAX_LIVE, max_queued: int = MAX_QUEUED) -> None:
+        self.max_live = max_live
         self._most = ((False, max_live), (True, MAX_LIVE_BACKGROUND))
         self._max_queued = max_queued
         self.is_held = False

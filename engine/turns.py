@@ -69,6 +69,10 @@ class TurnPrompt:
 class Turns(Protocol):
     """How a checkpoint is asked for the next turn."""
 
+    @property
+    def can_think(self) -> bool:
+        """Whether `think` may be asked for."""
+
     def write(self, messages: Sequence[Message], *, think: bool, room_tokens: int) -> TurnPrompt:
         """The prompt of a conversation, in at most `room_tokens`.
 
@@ -99,7 +103,7 @@ class TemplateTurns:
 
     def write(self, messages: Sequence[Message], *, think: bool, room_tokens: int) -> TurnPrompt:
         """As `Turns.write`; nothing is left out."""
-        if think and not self._can_think:
+        if think and not self.can_think:
             raise Unsupported(
                 "the chat template of the loaded model cannot switch thinking",
                 remedy="Leave the thinking out.",
@@ -132,7 +136,8 @@ class TemplateTurns:
         return None if start is None or end is None else ThoughtMarks(start, end)
 
     @cached_property
-    def _can_think(self) -> bool:
+    def can_think(self) -> bool:
+        """As `Turns.can_think`: the template has marks for thoughts, and switches them."""
         probe = [Message("user", "?")]
         return self._marks is not None and self._ids(probe, True) != self._ids(probe, False)
 
@@ -177,6 +182,8 @@ class SourceTurns:
     Args:
         layout: of the checkpoint's infills. canvas_tokens: of its canvas.
     """
+
+    can_think = False
 
     def __init__(self, layout: PromptLayout, canvas_tokens: int) -> None:
         self._layout, self._canvas_tokens = layout, canvas_tokens

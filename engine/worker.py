@@ -233,7 +233,7 @@ class Worker:
 
         During a switch `state` is `switching` and `switching_to` names the next model.
         """
-        return self._resident.describe()
+        return self._resident.describe() | {"max_live": self._schedule.max_live}
 
     def stats(self) -> dict[str, object]:
         """Counts since the start and times of the last jobs, in ms.

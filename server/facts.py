@@ -58,9 +58,10 @@ def facts(described: Mapping[str, object]) -> Facts:
         dtype=str(described.get("dtype", "")),
         parameters=number("parameters"),
         memory_bytes=number("memory_bytes"),
-        context_tokens=number("prompt_tokens") + number("canvas_tokens"),
+        context_tokens=(number("context_tokens") or number("prompt_tokens"))
+        + number("canvas_tokens"),
         max_live=max(1, number("max_live")),
-        can_think=described.get("thinks") is True,
+        can_think=described.get("thinking") is True,
     )
 
 

@@ -158,9 +158,12 @@ def test_thoughts_without_end_are_ended(writes: Callable[..., list[int]]) -> Non
     assert set(result.answers[0].thoughts) == {"h"}
 
 
-def test_a_template_that_cannot_switch_thinking_says_so() -> None:
+def test_a_template_that_cannot_switch_thinking_says_so(engine: Infiller) -> None:
+    assert engine.can_think
+    fixed = chatting(FIXED)
+    assert not fixed.can_think
     with pytest.raises(Unsupported, match="thinking"):
-        answered(chatting(FIXED), asked(think=True))
+        answered(fixed, asked(think=True))
 
 
 def test_what_users_say_names_no_control_token() -> None:

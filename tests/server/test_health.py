@@ -61,5 +61,12 @@ def test_what_is_not_known_yet_is_nothing() -> None:
     assert len(known.digest) == 64
 
 
+def test_what_a_model_can_is_told() -> None:
+    told = {"canvas_tokens": 256, "prompt_tokens": 512, "thinking": True, "max_live": 4}
+    known = facts.facts({"model": "m", **told})
+    assert (known.context_tokens, known.can_think, known.max_live) == (768, True, 4)
+    assert facts.facts({"model": "m", **told, "context_tokens": 9000}).context_tokens == 9256
+
+
 def test_times_are_utc() -> None:
     assert facts.iso_time(0.5) == "1970-01-01T00:00:00.500000Z"

@@ -121,7 +121,8 @@ def test_ollama_finds_the_model(starter: Starter) -> None:
     assert listed.modified_at is not None
     shown = starter.ollama.show("codellama")
     assert shown.capabilities is not None
-    assert "insert" in shown.capabilities
+    # It has learned no conversation, and no thoughts in one.
+    assert shown.capabilities == ["completion", "insert"]
     assert shown.modelinfo is not None
     family = shown.modelinfo["general.architecture"]
     assert shown.modelinfo[f"{family}.context_length"] > 0
