@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_infill import tiny_infiller
 
-from infilld.engine.choices import scored_tokens
+from infilld.engine.choices import Choice, GapResult, scored_tokens, with_choices
 from infilld.engine.passages import passage_of, targets_of
 from infilld.engine.passes import drive
 from infilld.engine.prefixes import PrefixPool
@@ -57,6 +57,18 @@ def test_a_fill_is_told_token_by_token(text: str) -> None:
         if result.alternatives:
             assert result.usage.text_tokens == len(result.alternatives[0].spans[0].tokens)
     assert found
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_line_ends_of_tokens_are_the_documents(newline: str) -> None:
+    asked = InfillRequest(text=newline, spans=(Span(0, 0),))
+    tokens = scored_tokens([b"a\n", b"b"], [-1.0, -2.0])
+    choice = Choice("a\nb", 0.5, -1.5, tokens)
+    result = GapResult(choices=(choice,), reason="ok", why="", texts=("a\nb",))
+    made = with_choices(asked, InfillResult(id="", seed=1), targets_of(asked), [result])
+    (fill,) = made.alternatives[0].spans
+    assert fill.text == f"a{newline}b"
+    assert [token.text for token in fill.tokens] == [f"a{newline}", "b"]
 
 
 def test_log_probabilities_are_the_scorers() -> None:

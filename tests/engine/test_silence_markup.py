@@ -106,6 +106,13 @@ def test_what_belongs_there_is_left_alone(
     assert objection(before, fill, after, language) is None
 
 
+@pytest.mark.parametrize("language", WHOLE)
+def test_a_gap_may_be_anywhere(language: str) -> None:
+    text = WHOLE[language]
+    for at in range(len(text)):
+        assert Markup(text[:at], text[at + 1 :], language).faults(text[at]) == Faults(0, 0, 0)
+
+
 @settings(deadline=None)
 @given(st.sampled_from(sorted(WHOLE)), st.data())
 def test_no_part_of_a_whole_document_is_blamed(language: str, data: st.DataObject) -> None:
