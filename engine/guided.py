@@ -85,7 +85,7 @@ class GuidedText:
         text = self.text.copy()
         if not text.accept(token):
             return False
-        if self._leaves_room(token, text):
+        if self._leaves_room(text):
             self.text = text
             self.tokens.append(token)
             self._look_for_the_end()
@@ -112,8 +112,8 @@ class GuidedText:
             self.is_ended = self.text.can_end
             self.is_stuck = not self.is_ended
 
-    def _leaves_room(self, token: int, text: Matching) -> bool:
-        """Whether the text can be closed behind a token; True as well where it cannot before."""
+    def _leaves_room(self, text: Matching) -> bool:
+        """Whether a longer text can be closed; True as well where the one before it cannot."""
         if self.left > self._watched:
             self._closing = None
             return True
@@ -124,9 +124,11 @@ class GuidedText:
             self._closing = self.text.closing(self.left)
             if self._closing is None:
                 return True
-        if self._closing[:1] == [token]:
-            self._closing = self._closing[1:]
-            return True
+        # Mostly a token changes nothing about the end, or is one of those that lead to it.
+        for known in (self._closing[1:], self._closing):
+            if len(known) < self.left and text.ends_with(known):
+                self._closing = known
+                return True
         closing = text.closing(self.left - 1)
         if closing is None:
             return False

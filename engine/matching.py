@@ -52,7 +52,8 @@ class GrammarTokens:
     @cached_property
     def closers(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens by which a text ends soonest: outside of a string, and within one."""
-        brackets = self._of(b"}])", b"}])")
+        # A comma leads to what is still required, where no bracket may follow.
+        brackets = self._of(b"}])", b"}])") + self._of(b",", b" ")
         quotes = self._of(b'"', b'"}])')
         values = self._of(b"0", b"") + self._of(b"1", b"")
         return (
@@ -154,6 +155,12 @@ class Matching:
                 return None
             written += steps
         return written
+
+    def ends_with(self, tokens: Sequence[int]) -> bool:
+        """Whether the text is whole behind these tokens."""
+        matcher = self._matcher.deep_copy()
+        is_allowed = matcher.try_consume_tokens(list(tokens)) == len(tokens)
+        return is_allowed and matcher.is_accepting()
 
     def _nearest(self, turn: int) -> list[int]:
         """The token that is likely to be nearest to the end."""

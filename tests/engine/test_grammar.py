@@ -1,0 +1,465 @@
+"""Texts under a grammar: what is refused, what a canvas spends on it, and that it always holds."""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from tiny_infill import byte_tokenizer, tiny_config, tiny_infiller, tiny_model
+from tiny_tokenizers import CHANNEL, CHANNEL_END, chat_template, chat_tokenizer
+
+from infilld.engine.chat_prompt import ChatLayout
+from infilld.engine.config import SamplerConfig
+from infilld.engine.conversation import ChatAnswer, ChatRequest, ChatResult, ChatUpdate, Message
+from infilld.engine.draws import SeededDraws
+from infilld.engine.errors import BadGrammar, UnknownOption
+from infilld.engine.grammar import MAX_GRAMMAR_BYTES, refuse_bad
+from infilld.engine.guided import GuidedText, guided_denoising
+from infilld.engine.infill import Hooks, Infiller
+from infilld.engine.loading import load_infiller, starter_folder
+from infilld.engine.matching import GrammarTokens
+from infilld.engine.passes import drive
+from infilld.engine.plan import FillMethod
+from infilld.engine.prompt import EOS
+from infilld.engine.reading import Belief, Reading
+from infilld.engine.request import Grammar, InfillRequest, InfillResult, Pin, Span
+from infilld.engine.writing import never_written
+
+TOKENIZER = byte_tokenizer()
+END = TOKENIZER.control(EOS)
+TOKENS = GrammarTokens(TOKENIZER, TOKENIZER.vocab_tokens)
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "email": {"type": "string"},
+        "tags": {"type": "array", "items": {"type": "string"}},
+        "active": {"type": "boolean"},
+    },
+    "required": ["name", "age", "email", "tags", "active"],
+    "additionalProperties": False,
+}
+GOOD = '{"name": "Ada", "age": 36, "email": "a@b.org", "tags": [], "active": true}'
+
+
+def schema(content: Any) -> Grammar:
+    return Grammar("json_schema", json.dumps(content))
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("grammar", "told"),
+    [
+        (schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
+        (schema({"properties": {"a": {"not": {}}}}), "not"),
+        (schema({"x-guidance": {"lenient": True}, "uniqueItems": True}), "uniqueItems"),
+        (schema({"type": "strin"}), "strin"),
+        (schema({"type": "string", "format": "nonsense"}), "nonsense"),
+        (schema({"$ref": "https://example.org/schema"}), "example.org"),
+        (schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}), "grammar"),
+        (schema({"type": "array", "minItems": 3, "maxItems": 1}), "minItems"),
+        (schema({"type": "integer", "multipleOf": 1000003}), "multipleOf"),
+        (schema(False), "no text"),
+        (schema([]), "object"),
+        (Grammar("json_schema", "{"), "not JSON"),
+        (Grammar("json_schema", '{"a":' * 5000 + "1" + "}" * 5000), "not JSON"),
+        (Grammar("json_schema", '{"maximum": NaN}'), "NaN"),
+        (Grammar("json_schema", '{"enum": ["\\ud800"]}'), "escape"),
+        (Grammar("json_schema", " " * MAX_GRAMMAR_BYTES + "{}"), "bytes"),
+        (Grammar("regex", "a(b"), "unclosed"),
+        (Grammar("regex", "(?=a)b"), "look-around"),
+        (Grammar("regex", ""), "empty"),
+        (Grammar("regex", "a\0"), "NUL"),
+        (Grammar("regex", "\ud800"), "surrogate"),
+        (Grammar("lark", "start: x"), "unknown name"),
+        (Grammar("lark", 'start: "a" <|eot|>'), "token"),
+        (Grammar("lark", "start: <[12-20]>"), "token"),
+        (Grammar("lark", '%llguidance {"allow_invalid_utf8": true}\nstart: "a"'), "character"),
+        (Grammar("lark", 'start: "a" start'), "grammar"),
+        (Grammar("gbnf", "root ::= ("), "GBNF"),
+        (Grammar("gbnf", 'x ::= "a"'), "root"),
+        (Grammar("gbnf", "root ::= " + "(" * 5000 + '"a"' + ")" * 5000), "deep"),
+        (Grammar("gbnf", "root ::= " + '"a" ' * 60000), "grammar"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_refused_by_name(grammar: Grammar, told: str) -> None:
+    with pytest.raises(BadGrammar, match=told) as caught:
+        refuse_bad(grammar)
+    assert caught.value.remedy
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("json"),
+        schema(True),
+        schema({}),
+        schema(PERSON),
+        schema({"type": "string", "format": "date-time"}),
+        schema({"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}}),
+        Grammar("regex", r"\d{4}-\d\d"),
+        Grammar("lark", 'start: "<|eot|>" /<[a-z]>/ // <b>'),
+        Grammar("gbnf", r'root ::= [^"\\\x7F\x00-\x1F]+ "\n"'),
+    ],
+    ids=str,
+)
+def test_what_can_be_served_is_not_refused(grammar: Grammar) -> None:
+    refuse_bad(grammar)
+
+
+# What a canvas spends on it.
+
+
+def written(
+    grammar: Grammar, says: Sequence[str], *, chance: float = 0.99, max_tokens: int = 128
+) -> tuple[GuidedText, int, str]:
+    """A text whose model believes `says` in turn, one in each pass; passes; the text."""
+    guided = GuidedText(TOKENS.start(grammar), frozenset({END or 0}), max_tokens)
+    draws = SeededDraws(0)
+    vocab, length = TOKENIZER.vocab_tokens, 128
+    begun = len(guided.tokens)
+    work = guided_denoising(
+        None,  # type: ignore[arg-type]  # nothing reads it here
+        draws.first_canvas(1, length, vocab),
+        SamplerConfig(max_steps=12),
+        draws,
+        guided,
+        never_written(TOKENIZER, vocab, {END}),
+        greedy=True,
+        belief_tokens=None,
+        on_step=lambda step: None,
+        is_late=lambda: False,
+    )
+    passes = 0
+    reading = None
+    try:
+        (asked,) = next(work)
+        while True:
+            text = [*TOKENIZER.encode(says[min(passes, len(says) - 1)]), END]
+            ids = (text[begun:] + [END] * length)[:length]
+            logits = torch.zeros(1, length, vocab)
+            logits.scatter_(-1, torch.tensor(ids)[None, :, None], 20.0)
+            banned = asked.ask.banned.dense()
+            probabilities = logits.masked_fill(banned, -torch.inf).softmax(-1)
+            top = probabilities.topk(16, -1)
+            argmax = torch.where(asked.ask.pins.mask, asked.ask.pins.tokens, top.indices[..., 0])
+            reading = Reading(
+                argmax=argmax,
+                log_probability=torch.full((1, length), chance).log(),
+                entropy_nats=torch.full((1, length), 1.0 - chance),
+                proposal=argmax,
+                belief=Belief(ids=top.indices, probabilities=top.values),
+            )
+            passes += 1
+            (asked,) = work.send([reading])
+    except StopIteration:
+        pass
+    return guided, passes, TOKENIZER.text(guided.tokens)
+
+
+def test_a_model_that_agrees_needs_no_pass_more() -> None:
+    guided, passes, text = written(schema(PERSON), [GOOD])
+    assert (guided.is_ended, passes, text) == (True, 1, GOOD)
+
+
+def test_nothing_is_committed_to_noise() -> None:
+    """The first two passes are not sure of what they write; only what must follow is there."""
+    noise = '{"name": "' + "q" * 90
+    guided, passes, text = written(schema(PERSON), [noise, noise, GOOD], chance=0.7)
+    assert guided.is_ended
+    assert text == GOOD
+    assert passes > 2
+
+
+def test_where_the_model_disagrees_one_position_gets_the_mask() -> None:
+    guided, passes, text = written(Grammar("regex", "[a-z]{3}X[a-z]{3}"), ["abc-defg"])
+    assert guided.is_ended
+    assert re.fullmatch("[a-z]{3}X[a-z]{3}", text)
+    # X is what must follow: it costs no mask, but what stands behind it is looked at again.
+    assert passes == 2
+    guided, passes, text = written(Grammar("regex", "[a-z]{3}[0-9][a-z]{3}"), ["abc-defg"])
+    assert re.fullmatch("[a-z]{3}[0-9][a-z]{3}", text)
+    assert text.startswith("abc")
+    assert text[4:] == "def"
+    assert passes == 2
+
+
+def test_what_must_follow_needs_no_pass() -> None:
+    guided = GuidedText(TOKENS.start(Grammar("regex", "constant")), frozenset({1}), 20)
+    assert guided.is_ended
+    assert TOKENIZER.text(guided.tokens) == "constant"
+
+
+def test_a_text_is_closed_while_there_is_room() -> None:
+    endless = '{"name": "' + "x" * 500
+    for most in (72, 80, 100, 120):
+        guided, _, text = written(schema(PERSON), [endless], max_tokens=most)
+        assert guided.is_ended, most
+        assert len(guided.tokens) <= most
+        assert jsonschema_rs.is_valid(PERSON, json.loads(text))
+        # As much as there is room for was written.
+        assert len(guided.tokens) > most - 4
+    guided, _, _ = written(schema(PERSON), [endless], max_tokens=30)
+    assert guided.is_stuck
+    assert not guided.is_ended
+
+
+def test_no_control_token_belongs_to_a_text() -> None:
+    text = TOKENS.start(Grammar("regex", "(.|\n)*"))
+    allowed = text.allowed()
+    assert not allowed[sorted(TOKENIZER.control_ids)].any()
+    assert allowed.sum() > 100
+    assert not text.accept(END or 0)
+    assert text.can_end
+
+
+# That it always holds, whatever the model writes.
+
+
+@pytest.fixture(scope="module")
+def random_engine() -> Infiller:
+    config = tiny_config(TOKENIZER.vocab_tokens, canvas_tokens=32)
+    sampler = replace(SamplerConfig(), max_steps=3)
+    return Infiller(tiny_model(config), TOKENIZER, sampler, FillMethod(holds_back=False))
+
+
+def answered(
+    engine: Infiller, grammar: Grammar, **fields: object
+) -> tuple[ChatAnswer, ChatResult, list[ChatUpdate]]:
+    updates: list[ChatUpdate] = []
+    wanted: Any = {"seed": 1, "messages": (Message("user", "Answer."),), "grammar": grammar}
+    request = ChatRequest(**(wanted | fields))
+    result = drive(engine.model, engine.conversing(request, Hooks(on_canvas=updates.append)))
+    assert all(b.text.startswith(a.text) for a, b in itertools.pairwise(updates))
+    return result.answers[0], result, updates
+
+
+# A case is a conversation: to look for smaller ones takes minutes.
+PROPERTY = settings(
+    deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate), database=None
+)
+names = st.sampled_from(["a", "bc", "ä\n", "x y"])
+scalars = st.one_of(
+    st.builds(
+        lambda low, more: {"type": "integer", "minimum": low, "maximum": low + more},
+        st.integers(-20, 20),
+        st.integers(0, 30),
+    ),
+    st.just({"type": "boolean"}),
+    st.just({"type": "null"}),
+    st.just({"type": "number", "minimum": -2, "maximum": 2.5}),
+    st.builds(lambda n: {"type": "string", "minLength": n, "maxLength": n + 3}, st.integers(0, 4)),
+    st.builds(
+        lambda values: {"enum": values}, st.lists(st.sampled_from(["r", "g", 1, None]), min_size=1)
+    ),
+    st.just({"type": "string", "pattern": "^[0-9]{2}-[a-f]+$"}),
+    st.just({"const": "€"}),
+)
+
+
+def objects(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.builds(
+        lambda properties, count, extra: {
+            "type": "object",
+            "properties": properties,
+            "required": sorted(properties)[:count],
+            "additionalProperties": extra,
+        },
+        st.dictionaries(names, inner, max_size=3),
+        st.integers(0, 3),
+        st.booleans(),
+    )
+
+
+def arrays(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.builds(
+        lambda items, low: {"type": "array", "items": items, "minItems": low, "maxItems": low + 2},
+        inner,
+        st.integers(0, 2),
+    )
+
+
+schemas = st.recursive(
+    scalars,
+    lambda inner: st.one_of(
+        objects(inner), arrays(inner), st.builds(lambda a, b: {"anyOf": [a, b]}, inner, inner)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(PROPERTY, max_examples=12)
+@given(content=schemas, seed=st.integers(0, 99), most=st.integers(20, 150), greedy=st.booleans())
+def test_a_random_model_always_writes_what_a_schema_allows(
+    random_engine: Infiller, content: Any, seed: int, most: int, greedy: bool
+) -> None:
+    answer, _, _ = answered(
+        random_engine, schema(content), seed=seed, max_tokens=most, greedy=greedy
+    )
+    if answer.finish == "stop":
+        assert jsonschema_rs.is_valid(content, json.loads(answer.text)), answer.text
+    else:
+        assert answer.finish == "length"
+
+
+@settings(PROPERTY, max_examples=10)
+@given(
+    parts=st.lists(
+        st.sampled_from(["[a-z]+", "x{2,5}", "(ab|cd)?", "[0-9]{2}", "é", "[^a]", r"(1|22)*"]),
+        min_size=1,
+        max_size=4,
+    ),
+    seed=st.integers(0, 99),
+)
+def test_a_random_model_always_writes_what_a_pattern_allows(
+    random_engine: Infiller, parts: list[str], seed: int
+) -> None:
+    pattern = "".join(parts)
+    answer, result, _ = answered(random_engine, Grammar("regex", pattern), seed=seed, max_tokens=60)
+    assert result.usage.text_tokens <= 60
+    if answer.finish == "stop":
+        assert re.fullmatch(pattern, answer.text, re.DOTALL)
+    else:
+        assert answer.finish == "length"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "pattern"),
+    [
+        (Grammar("gbnf", 'root ::= "yes" | "no" item*\nitem ::= " " [a-z]'), "yes|no( [a-z])*"),
+        (Grammar("lark", 'start: "a"+ "b"'), "a+b"),
+        (Grammar("lark", "start: NAME\nNAME: /[a-z]{2,4}/"), "[a-z]{2,4}"),
+    ],
+    ids=str,
+)
+def test_other_grammars_hold_too(random_engine: Infiller, grammar: Grammar, pattern: str) -> None:
+    answer, _, _ = answered(random_engine, grammar, max_tokens=60)
+    assert answer.finish == "stop"
+    assert re.fullmatch(pattern, answer.text)
+
+
+def test_a_text_goes_on_over_canvases(random_engine: Infiller) -> None:
+    answer, result, updates = answered(random_engine, Grammar("regex", "[a-z]{70}"), max_tokens=90)
+    assert (len(answer.text), answer.finish) == (70, "stop")
+    assert {each.canvas for each in updates} >= {0, 1, 2}
+    assert result.usage.text_tokens == 70
+
+
+def test_a_bad_grammar_costs_no_pass(random_engine: Infiller) -> None:
+    with pytest.raises(BadGrammar):
+        next(
+            random_engine.conversing(
+                ChatRequest(messages=(Message("user", "?"),), grammar=Grammar("regex", "(")),
+                Hooks(),
+            )
+        )
+
+
+def test_thoughts_are_free_before_a_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = chat_tokenizer()
+    model = tiny_model(tiny_config(tokenizer.vocab_tokens, canvas_tokens=32))
+    layout = ChatLayout(tokenizer, chat_template())
+    engine = Infiller(model, tokenizer, replace(SamplerConfig(), max_steps=2), layout=layout)
+    from infilld.engine import writing
+
+    plain: Callable[..., Any] = writing.denoising
+    thought = [CHANNEL, *tokenizer.encode("thought\nhm"), CHANNEL_END]
+
+    def scripted(*rest: Any, **more: Any):
+        denoised = yield from plain(*rest, **more)
+        denoised.tokens[0, : len(thought)] = torch.tensor(thought)
+        return denoised
+
+    monkeypatch.setattr(writing, "denoising", scripted)
+    answer, _, _ = answered(engine, Grammar("regex", "yes|no"), think=True)
+    assert answer.thoughts == "hm"
+    assert answer.text in ("yes", "no")
+
+
+# The starter.
+
+
+@pytest.fixture(scope="module")
+def starter() -> Infiller:
+    return load_infiller(starter_folder(), "cpu")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        PERSON,
+        {"type": "array", "items": {"enum": ["red", "green"]}, "minItems": 2, "maxItems": 4},
+        {
+            "type": "object",
+            "properties": {"items": {"type": "array", "items": {"type": "integer"}}},
+            "required": ["items"],
+            "additionalProperties": False,
+        },
+    ],
+    ids=["person", "colours", "numbers"],
+)
+def test_the_starter_writes_what_a_schema_asks_for(starter: Infiller, content: Any) -> None:
+    answer, result, _ = answered(starter, schema(content))
+    assert answer.finish == "stop"
+    assert jsonschema_rs.is_valid(content, json.loads(answer.text))
+    # A weak model, and still more than a token in each pass, beside those of its schedule.
+    assert result.usage.passes <= result.usage.text_tokens + 20
+
+
+# A gap.
+
+TEXT = "data = json.loads('')\n"
+AT = TEXT.index("''") + 1
+
+
+def filled(engine: Infiller, grammar: Grammar, **fields: object) -> InfillResult:
+    wanted: Any = {"text": TEXT, "spans": (Span(AT, AT),), "seed": 1, "grammar": grammar}
+    return engine.infill(InfillRequest(**(wanted | fields)))
+
+
+def test_a_gap_is_filled_with_what_matches(random_engine: Infiller) -> None:
+    result = filled(random_engine, Grammar("regex", "[a-f]{4}"), alternatives=3)
+    texts = [each.spans[0].text for each in result.alternatives]
+    assert result.reason == "ok"
+    assert texts
+    assert all(re.fullmatch("[a-f]{4}", text) for text in texts)
+    assert len(set(texts)) == len(texts)
+    scores = [each.score for each in result.alternatives]
+    assert scores == sorted(scores, reverse=True)
+    best = result.alternatives[0].spans[0]
+    assert "".join(token.text for token in best.tokens) == best.text
+    assert 0 < best.confidence < 1
+
+
+def test_a_gap_that_cannot_be_whole_stays_empty_and_says_why(random_engine: Infiller) -> None:
+    result = filled(random_engine, schema(PERSON), max_tokens=10)
+    assert (result.alternatives, result.reason) == ((), "empty")
+    assert "max_tokens" in result.why
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"pins": (Pin(0, "start", "x"),)},
+        {"drafts": ("x",)},
+        {"spans": (Span(0, 1),), "repair": ()},
+        {"spans": (Span(0, 0), Span(3, 3))},
+        {"min_tokens": 2},
+    ],
+    ids=lambda more: next(reversed(more)),
+)
+def test_nothing_else_may_say_what_the_text_is(more: dict[str, object]) -> None:
+    with pytest.raises(UnknownOption, match="grammar"):
+        filled(tiny_infiller(), Grammar("json"), **more)
