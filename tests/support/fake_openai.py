@@ -151,7 +151,6 @@ class FakeOpenAI:
 
     async def _reply(self, reply: Reply, body: dict[str, Any], receive: Any, send: Any) -> None:
         if reply.status != 200:
-            await self._opened(receive)
             await _send(send, reply.status, {"error": {"message": reply.error}}, reply.headers)
             return
         if reply.is_plain:

@@ -58,12 +58,15 @@ class TestWithoutFailOver:
         worker.close()
 
     def test_a_request_finds_out_that_it_went_down(self, fake: FakeOpenAI) -> None:
-        with remote_worker(fake.url, pace=Pace(well_s=60)) as worker:
+        with remote_worker(fake.url, pace=Pace(well_s=60, first_s=0.02)) as worker:
             fake.stop()
             with pytest.raises(Unavailable):
                 worker.submit(gap(CODE)).future.result(20)
             assert worker.state == "failed"
             assert worker.stats()["retries"] == 1
+            # It is looked at from then on, not in a minute.
+            fake.start()
+            wait_until(lambda: worker.state == "ready")
 
     def test_a_broken_connection_is_tried_again(self, fake: FakeOpenAI) -> None:
         replies = [Reply(texts=[SUM], breaks_off=True), Reply(status=500, error="oops")]
@@ -174,6 +177,13 @@ class TestFailOver:
             assert (stats["fail_overs"], stats["recoveries"]) == (1, 1)
             # The memory is given back, some time later.
             wait_until(lambda: local.state == "unloaded")
+
+    def test_what_is_known_to_be_down_is_not_asked(self, fake: FakeOpenAI) -> None:
+        fake.models = []
+        local = FakeWorker(Script(texts=["local"]))
+        with remote_worker(fake.url, lambda: local, fail_over=True) as worker:
+            assert text_of(worker) == "local"
+        assert not fake.asked
 
     def test_requests_wait_until_it_is_loaded(self, fake: FakeOpenAI) -> None:
         fake.stop()

@@ -175,6 +175,21 @@ class TestInfill:
         spans = result.alternatives[0].spans
         assert [(span.start, span.text) for span in spans] == [(4, "1"), (9, "2")]
 
+    def test_one_refusal_ends_the_others(self, fake: FakeOpenAI, worker: RemoteWorker) -> None:
+        def script(body: dict[str, Any]) -> Reply:
+            if "x = <gap>" in body["messages"][0]["content"]:
+                return Reply(status=400, error="no")
+            return Reply(holds_after=0)
+
+        fake.script = script
+        with pytest.raises(RequestError):
+            filled(worker, gap("x = |\ny = |\n"))
+        fake.wait_for(lambda: fake.dropped == 1)
+
+    def test_blanks_at_the_end_are_trimmed(self, fake: FakeOpenAI, worker: RemoteWorker) -> None:
+        fake.script = Reply(texts=[fenced("    return a + b   ")])
+        assert texts(filled(worker, gap(CODE))) == ["a + b"]
+
     def test_a_rewrite_changes_its_lines(self, fake: FakeOpenAI, worker: RemoteWorker) -> None:
         fake.script = Reply(texts=[fenced("y = 3\nz = 4")])
         text = "x = 1\ny = 2\nz = 9\nw = 0\n"
