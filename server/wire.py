@@ -295,6 +295,8 @@ class Health(_Reply):
 class SwitchRequest(_Request):
     """Body of `POST /v1/model`: the absolute path of a checkpoint, or "starter"."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"model": "starter"}]})
+
     model: Text
 
 
