@@ -174,33 +174,39 @@ def test_what_is_left_of_others_is_no_obstacle(wanted: Settings) -> None:
             assert "damaged_file" in client.stats()["statistics"]
 
 
+STREAMED: dict[str, dict[str, object]] = {
+    "/v1/infill": {"text": "x = ", "spans": [{"start": 4, "end": 4}]},
+    "/v1/completions": {"model": "m", "prompt": "x = ", "suffix": "\n"},
+    "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
+    "/infill": {"input_prefix": "x = ", "input_suffix": "\n"},
+    "/api/generate": {"model": "m", "prompt": "x = ", "suffix": "\n"},
+}
 STREAMS = 50
-ROUTES = ("/v1/infill", "/v1/completions")
 
 
 def test_a_stop_ends_fifty_streams_properly(tmp_path: Path) -> None:
+    """Each is told in its own words why it ends, and its connection is closed, not cut."""
     worker = FakeWorker(capacity=STREAMS)
     worker.hold()
-    links = []
+    links: list[tuple[str, socket.socket]] = []
     with live_server(tmp_path / "state", worker) as server:
         for number in range(STREAMS):
-            body = {"text": "x = ", "spans": [{"start": 4, "end": 4}], "stream": True}
-            if number % 2:
-                body = {"model": "m", "prompt": "x = ", "suffix": "", "stream": True}
-            data = json.dumps(body).encode()
+            route = list(STREAMED)[number % len(STREAMED)]
+            data = json.dumps(STREAMED[route] | {"stream": True}).encode()
             link = connect(server.url)
-            link.sendall(head(server.url, server.token, data, ROUTES[number % 2]) + data)
-            links.append(link)
+            link.sendall(head(server.url, server.token, data, route) + data)
+            links.append((route, link))
         worker.wait_for(lambda: len(worker.jobs) == STREAMS)
         begun = time.monotonic()
     assert time.monotonic() - begun < 3.0
-    for number, link in enumerate(links):
+    for route, link in links:
         said = b"".join(iter(lambda link=link: link.recv(1 << 16), b""))  # type: ignore[misc]
         link.close()
-        assert said.startswith(b"HTTP/1.1 200 ")
-        assert said.endswith(b"0\r\n\r\n"), "cut off"
-        assert b'"cancelled"' in said
-        assert (b"event: error\n" in said) == (number % 2 == 0)
+        assert said.startswith(b"HTTP/1.1 200 "), said
+        assert said.endswith(b"0\r\n\r\n"), f"{route} was cut off"
+        assert b"error" in said, said
+        assert b"cancelled" in said, said
+        assert (b"event: error\n" in said) == (route == "/v1/infill")
 
 
 def test_a_stopping_daemon_takes_no_more() -> None:
