@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from live_server import LiveServer
 
-from infilld.engine.request import Context, InfillRequest, Span
+from infilld.engine.request import Context, InfillRequest, InfillResult, Span, Timings, Usage
 from infilld.server.compat import llamacpp_reply
 
 ASK: dict[str, Any] = {"input_prefix": "def f():\n", "prompt": "    ", "input_suffix": "\n"}
@@ -183,6 +183,17 @@ def test_fields_lead_through_objects_only() -> None:
         "a/b": {"c": 1},
         "/x": 2,
     }
+
+
+def test_what_was_cached_was_not_evaluated() -> None:
+    spent = Timings(encode_ms=30.0, denoise_ms=100.0)
+    result = InfillResult(
+        id="x", seed=0, usage=Usage(prompt_tokens=20, cached_tokens=14), timings=spent
+    )
+    told = llamacpp_reply.timings(result, 5)
+    assert (told["cache_n"], told["prompt_n"], told["predicted_n"]) == (14, 6, 5)
+    assert (told["prompt_per_token_ms"], told["prompt_per_second"]) == (5.0, 200.0)
+    assert (told["predicted_per_token_ms"], told["predicted_per_second"]) == (20.0, 50.0)
 
 
 def test_several_completions_are_an_array(server: LiveServer) -> None:

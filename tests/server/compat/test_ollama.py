@@ -75,6 +75,12 @@ def test_options_reach_the_engine(server: LiveServer) -> None:
         assert (gap(server).max_tokens, gap(server).warm) == (None, False)
 
 
+def test_a_fill_ends_before_a_stop_text(server: LiveServer) -> None:
+    server.worker.script = Script(texts=("one\n\ntwo",))
+    for stop in ("\n\n", ["x", "\n\n"]):
+        assert post(server, FILL | {"options": {"stop": stop}}).json()["response"] == "one"
+
+
 def test_a_stream_is_what_comes_unless_told_otherwise(server: LiveServer) -> None:
     got = lines(post(server, {"model": "m", "prompt": "a", "suffix": ""}))
     assert [(line["response"], line["done"]) for line in got] == [("return 1", False), ("", True)]
