@@ -1,36 +1,32 @@
-"""One passage on its encoded prompt: denoise its canvas, read the fills, weigh them.
+"""One passage on its encoded prompt: denoise its canvas, read the fills, have them judged.
 
     hypotheses ─denoise─▶ rows ─▶ texts ┐
     found texts, what was known before ─┴─trim─▶ candidates ─score─▶ weigh ─check─▶ choices
 
-The encoder scores what the canvas wrote: the canvas's own last probabilities are near 1 whatever
-it settled on, the causal likelihood of the finished text is not.
+The second line is `judging.py`.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from infilld.engine.canvas import CanvasLayout, Draft, Gap, read_gap
-from infilld.engine.choices import Choice, GapResult, scored_tokens
+from infilld.engine.choices import GapResult
 from infilld.engine.config import SamplerConfig
-from infilld.engine.draft import CanvasDraft, DraftReader
+from infilld.engine.draft import DraftReader
 from infilld.engine.draws import SeededDraws
+from infilld.engine.judging import Judge, Row, Watch
 from infilld.engine.passes import CanvasModel, CanvasPass, Work, together
 from infilld.engine.plan import CanvasPlan, FillMethod, GapPlan, steps_for
 from infilld.engine.prefixes import Prefix
-from infilld.engine.ranking import Calibration, Candidate, Weighed, place_of, weigh
+from infilld.engine.ranking import Calibration, Candidate
 from infilld.engine.reading import Ask, Bans, Belief, Reading
-from infilld.engine.request import Reason
 from infilld.engine.sampler import Denoised, Step, denoising
 from infilld.engine.schedule import temperature
-from infilld.engine.scorer import continue_greedily, score
-from infilld.engine.silence.surroundings import Surroundings
+from infilld.engine.scorer import continue_greedily
 from infilld.engine.stopping import AllOf, AnyOf, LowEntropy, Stable, StopRule
 from infilld.engine.tokenizer import Tokenizer
 
@@ -42,41 +38,6 @@ _PLATEAU = AnyOf((_SURE, Stable(passes=2)))
 _SHOWN_PROBABILITY = 0.5
 # Of several exact lengths so many are refined after the first pass.
 _REFINED_LENGTHS = 3
-# Above this chance that nothing is missing, nothing is shown.
-COMPLETE = 0.5
-# Shorter answers that are judged beside a text of several lines.
-_SHORTER = 2
-# What was shown stays while it is about as good as the best: text must not flicker while one types.
-_STAYS = 0.8
-
-_UNCALIBRATED = Calibration(weights={}, bias=0.0, show_above=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watch:
-    """What a passage's owner gets to see, and how it ends the work early.
-
-    Attributes:
-        on_drafts: gets the drafts of all targets and forwards so far. shows_tokens: and the
-            tokens. on_weighed: gets every candidate of each gap. check: raises to end it.
-        is_late: whether the deadline leaves no time for another pass.
-        until: `time.monotonic()` reading of the deadline; None: there is none.
-    """
-
-    on_drafts: Callable[[CanvasDraft, int], None] | None
-    shows_tokens: bool
-    on_weighed: Callable[[list[Weighed]], None]
-    check: Callable[[], None]
-    is_late: Callable[[], bool]
-    until: float | None
-
-
-@dataclass
-class _Row:
-    """What a hypothesis wrote into each gap: text, and whether the gap was full."""
-
-    texts: list[str]
-    is_open: list[bool]
 
 
 @dataclass(frozen=True)
@@ -125,22 +86,33 @@ class Filling:
         newlines = [gap.newline for gap in self.plan.gaps]
         self._reader = DraftReader(self.tokenizer, self._filler, newlines, self.watch.shows_tokens)
         self._causal: list[Candidate] = []
-        self._only_repeats = False
 
     def work(self) -> Work[list[GapResult]]:
         """Denoise, and judge what came out; one result for each target."""
         self._causal = self._causal_draft()
-        rows: list[_Row] = []
+        rows: list[Row] = []
         if not self.plan.is_settled:
             if self.plan.lengths:
                 rows = yield from self._by_lengths()
             else:
                 rows = yield from self._growing()
-        return (yield from self._judged(rows))
+        judge = Judge(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            method=self.method,
+            calibration=self.calibration,
+            plan=self.plan,
+            prefix=self.prefix,
+            boldness=self.boldness,
+            language=self.language,
+            watch=self.watch,
+            causal=self._causal,
+        )
+        return (yield from judge.work(rows))
 
     # The canvas.
 
-    def _growing(self) -> Work[list[_Row]]:
+    def _growing(self) -> Work[list[Row]]:
         """Rows of the canvas; gaps that end without a filler are doubled and go on from there."""
         layout = self.plan.layout
         starts = self._starts(layout)
@@ -167,7 +139,7 @@ class Filling:
             rows = self._rows(denoised, layout)
         return rows
 
-    def _by_lengths(self) -> Work[list[_Row]]:
+    def _by_lengths(self) -> Work[list[Row]]:
         """Rows of the lengths that look best after one pass, for models without a filler."""
         (gap,), (given,) = self.plan.layout.gaps, self.plan.layout.given
         drafts = {len(draft.tokens): draft for draft in reversed(self.plan.gaps[0].drafts)}
@@ -325,11 +297,11 @@ class Filling:
 
     # What came out.
 
-    def _rows(self, denoised: Denoised, layout: CanvasLayout) -> list[_Row]:
+    def _rows(self, denoised: Denoised, layout: CanvasLayout) -> list[Row]:
         return [self._row(denoised, row, layout) for row in range(len(denoised.tokens))]
 
-    def _row(self, denoised: Denoised, number: int, layout: CanvasLayout) -> _Row:
-        row = _Row([], [])
+    def _row(self, denoised: Denoised, number: int, layout: CanvasLayout) -> Row:
+        row = Row([], [])
         for gap, plan, place in zip(layout.gaps, self.plan.gaps, layout.slices, strict=True):
             tokens: list[int] = denoised.tokens[number, place].tolist()
             places = read_gap(tokens, self._filler)
@@ -368,166 +340,6 @@ class Filling:
         text = (text if at < 0 else text[:at]).removesuffix("\n")
         return text + "\n" * plan.target.selection.endswith("\n")
 
-    def _judged(self, rows: list[_Row]) -> Work[list[GapResult]]:
-        """Choices for each target in turn, with those before it in place.
-
-        Others get their turn before what takes as long as a pass: scores, and checks.
-        """
-        results: list[GapResult] = []
-        spoken: list[int] = []
-        fills: list[str] = []
-        for number, gap in enumerate(self.plan.gaps):
-            before, after = self.plan.passage.around(number, fills)
-            surroundings = Surroundings(
-                before, after, language=self.language, replaced=gap.target.selection
-            )
-            stem = self.plan.layout.gaps[number].stem
-            candidates = self._candidates(number, gap, rows, surroundings, stem)
-            yield []
-            self.watch.check()
-            continuations = [[*spoken, *each.tokens, *gap.judged] for each in candidates]
-            logs = [each[len(spoken) :] for each in score(self.model, self.prefix, continuations)]
-            weighed = weigh(candidates, logs, self.calibration, place_of(before, after))
-            self.watch.on_weighed(weighed)
-            yield []
-            self.watch.check()
-            result = self._chosen(gap, weighed, surroundings)
-            result = self._with_tokens(result, candidates, logs, stem)
-            results.append(result)
-            fills.append(result.choices[0].text if result.choices else gap.target.selection)
-            if number + 1 < len(self.plan.gaps):
-                given = self.plan.layout.given[number]
-                spoken += [*self.tokenizer.encode(stem + fills[-1]), *given]
-        return results
-
-    def _candidates(
-        self,
-        number: int,
-        gap: GapPlan,
-        rows: list[_Row],
-        surroundings: Surroundings,
-        stem: str,
-    ) -> list[Candidate]:
-        """Every text once: what the hypotheses wrote, what was found, what was expected."""
-        trimmed: Callable[[str], str] = surroundings.trimmed if self.method.trims else str
-        written = Counter(trimmed(row.texts[number]) for row in rows)
-        known = (*self._causal, *gap.found)
-        texts = [*written, *(trimmed(each.text) for each in known)]
-        raw = [*(row.texts[number] for row in rows), *(each.text for each in known)]
-        self._only_repeats = any(raw) and not any(texts)
-        if self.method.trims and not gap.target.selection and gap.kind != "in_line":
-            texts += [shorter for text in tuple(texts) for shorter in _shorter(text)]
-        evidence: dict[str, float] = {}
-        for each in known:
-            text = trimmed(each.text)
-            evidence[text] = max(evidence.get(text, 0.0), each.evidence)
-        causal = {trimmed(each.text) for each in self._causal}
-        # A canvas may write a text in other tokens than its own; those of its own are judged.
-        tokens = {text: tuple(self.tokenizer.encode(stem + text)) for text in dict.fromkeys(texts)}
-        least = self.plan.layout.gaps[number].min_tokens
-        if self._judges_nothing and not least and not gap.target.selection:
-            tokens.setdefault("", tuple(self.tokenizer.encode(stem)))
-        else:
-            tokens.pop("", None)
-        return [
-            Candidate(
-                text,
-                ids,
-                rows=written[text] / max(1, len(rows)),
-                evidence=evidence.get(text, 0.0),
-                is_causal=text in causal,
-            )
-            for text, ids in tokens.items()
-            if len(ids) >= least and text not in gap.refused and (text.strip() or not text)
-        ]
-
-    @property
-    def _judges_nothing(self) -> bool:
-        """Whether it can be told how likely it is that nothing is missing."""
-        return self.calibration is None or "is_empty" in self.calibration.weights
-
-    def _chosen(
-        self, gap: GapPlan, weighed: list[Weighed], surroundings: Surroundings
-    ) -> GapResult:
-        """The best candidates, as many as are wanted, or why there are none."""
-        texts = tuple(each.candidate.text for each in weighed)
-
-        def nothing(reason: Reason, why: str) -> GapResult:
-            return GapResult(choices=(), reason=reason, why=why, texts=texts)
-
-        if not any(texts):
-            if self._only_repeats:
-                why = "All that was written stands behind the cursor already."
-                return nothing("repeats_suffix", why)
-            if self.watch.is_late():
-                return nothing("deadline", "The deadline struck before any text was certain.")
-            return nothing("empty", "The model wrote no text for this span.")
-        is_complete = not texts[0] and weighed[0].confidence >= COMPLETE and self.boldness != 1
-        if self.calibration is not None and is_complete and self.method.holds_back:
-            chance = weighed[0].confidence
-            return nothing("empty", f"Nothing is missing here, with a chance of {chance:.0%}.")
-        weighed = [each for each in weighed if each.candidate.text]
-        least = 0.0
-        if self.method.holds_back:
-            # Without a calibration all is shown, unless somebody asks to be shy.
-            calibration = self.calibration or _UNCALIBRATED
-            least = calibration.least_confidence(self.boldness)
-        likely = [each for each in weighed if each.confidence >= least]
-        if not likely:
-            best = weighed[0].confidence
-            why = f"The best text is right with a chance of {best:.0%}."
-            return nothing("low_confidence", why)
-        if self.method.checks and self.method.holds_back:
-            kept, objection = self._unobjected(likely, surroundings)
-            if not kept and objection is not None:
-                return nothing(*objection)
-        else:
-            kept = likely[: self.plan.alternatives]
-        choices = tuple(Choice(each.candidate.text, each.confidence, each.score) for each in kept)
-        return GapResult(choices=choices, reason="ok", why="", texts=texts)
-
-    def _with_tokens(
-        self,
-        result: GapResult,
-        candidates: Sequence[Candidate],
-        logs: Sequence[Tensor],
-        stem: str,
-    ) -> GapResult:
-        """The result with the tokens of its choices, as they were scored."""
-        if not result.choices:
-            return result
-        scored = {c.text: (c.tokens, own) for c, own in zip(candidates, logs, strict=True)}
-        choices = []
-        for choice in result.choices:
-            ids, own = scored[choice.text]
-            pieces = [self.tokenizer.decode([token]) for token in ids]
-            tokens = scored_tokens(pieces, own.tolist(), stem)
-            choices.append(replace(choice, tokens=tokens))
-        return replace(result, choices=tuple(choices))
-
-    def _unobjected(
-        self, likely: list[Weighed], surroundings: Surroundings
-    ) -> tuple[list[Weighed], tuple[Reason, str] | None]:
-        """As many as are wanted to which nothing is objected, and the first objection.
-
-        Only so many are asked about.
-        """
-        first: tuple[Reason, str] | None = None
-
-        def passing(each: Weighed) -> bool:
-            nonlocal first
-            found = surroundings.objection(each.candidate.text, until=self.watch.until)
-            if found is not None:
-                first = first or (found.reason, found.why)
-            return found is None
-
-        ordered = sorted(likely, key=lambda each: not self._stays(each, likely[0]))
-        return list(islice(filter(passing, ordered), self.plan.alternatives)), first
-
-    def _stays(self, each: Weighed, best: Weighed) -> bool:
-        is_shown = each.candidate.text == self.plan.shown
-        return is_shown and each.confidence >= _STAYS * best.confidence
-
 
 def _longer(tokens: list[int], length: int) -> Draft:
     """What a canvas wrote, with noise in the positions that it gained."""
@@ -549,9 +361,3 @@ def _support(reading: Reading, length: int, has_given: bool) -> float:
     if not has_given or reading.weighed is None:
         return inner
     return inner + float(reading.weighed[0, length:].mean())
-
-
-def _shorter(text: str) -> list[str]:
-    """The first line, and the first two, of a longer text."""
-    lines = text.split("\n")
-    return ["\n".join(lines[:count]) for count in range(1, min(_SHORTER + 1, len(lines)))]

@@ -18,9 +18,10 @@ from infilld.engine.constrained import ConstrainedFiller
 from infilld.engine.conversation import ChatRequest, ChatResult
 from infilld.engine.draft import CanvasDraft
 from infilld.engine.errors import GapTooLong, UnknownOption
-from infilld.engine.filling import Filling, Watch
+from infilld.engine.filling import Filling
 from infilld.engine.follow import Followed, Memory, State
 from infilld.engine.generation import Converser
+from infilld.engine.judging import Watch
 from infilld.engine.languages import STARTER_LANGUAGE, language_of
 from infilld.engine.layout import layout_of
 from infilld.engine.lines import unix

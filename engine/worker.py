@@ -11,12 +11,8 @@ one waits for an encoded prefix, which it may hold.
 
 import logging
 import threading
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, overload
-
-import torch
 
 from infilld.engine.clock import Clock
 from infilld.engine.conversation import ChatRequest, ChatResult
@@ -27,12 +23,12 @@ from infilld.engine.errors import (
     InfilldError,
     Loading,
     ModelError,
-    NotEnoughMemory,
 )
 from infilld.engine.loading import load_infiller, pick_device, starter_folder
+from infilld.engine.outcomes import nothing, settled, superseded
 from infilld.engine.placement import NO_LIMITS, Limits
 from infilld.engine.prefetch import Answers
-from infilld.engine.request import InfillRequest, InfillResult, Reason
+from infilld.engine.request import InfillRequest, InfillResult
 from infilld.engine.resident import IdleUnload, Resident, State
 from infilld.engine.rounds import Rounds, Run
 from infilld.engine.scheduler import (
@@ -44,8 +40,6 @@ from infilld.engine.scheduler import (
     Job,
     OnCanvas,
     Schedule,
-    Struck,
-    Superseded,
 )
 
 __all__ = [
@@ -158,12 +152,12 @@ class Worker:
                 raise Loading(f"{self.model_name} is still loading")
             if self._closing:
                 raise Busy("the daemon is stopping")
-            superseded = self._schedule.add(job)
+            older = self._schedule.add(job)
             if not request.background:
                 self._answers.begin(job.id, request.document)
             self._wake.notify_all()
-        for old in superseded:
-            self._answer(old, _superseded(old))
+        for old in older:
+            self._answer(old, superseded(old))
         return job
 
     def feedback(
@@ -196,13 +190,13 @@ class Worker:
                 return
             try:
                 prefetch: AnyJob = Job(request, None, self._withdraw)
-                superseded = self._schedule.add(prefetch)
+                older = self._schedule.add(prefetch)
             except Busy:
                 return
             self._counts.totals["prefetches"] += 1
             self._wake.notify_all()
-        for old in superseded:
-            self._answer(old, _superseded(old))
+        for old in older:
+            self._answer(old, superseded(old))
 
     def switch(self, folder: Path | None) -> None:
         """Load another checkpoint (None: the starter) in place of this one; returns at once.
@@ -329,7 +323,7 @@ class Worker:
     def _ended(self, run: Run, outcome: AnyResult | BaseException) -> None:
         with self._wake:
             self._resident.used()
-        self._answer(run.job, _settled(run, outcome))
+        self._answer(run.job, settled(run, outcome))
 
     # The answers.
 
@@ -339,7 +333,7 @@ class Worker:
         return 0.0 if engine is None else engine.pace.pass_s / 2
 
     def _strike(self, job: AnyJob) -> None:
-        self._answer(job, _nothing(job, "deadline", "The deadline struck before the first pass."))
+        self._answer(job, nothing(job, "deadline", "The deadline struck before the first pass."))
 
     def _answer(self, job: AnyJob, outcome: AnyResult | BaseException) -> None:
         """Resolve a job, unless it was answered already."""
@@ -358,35 +352,3 @@ class Worker:
             job.future.set_result(outcome)
         else:
             job.future.set_exception(outcome)
-
-
-def _settled(run: Run, outcome: AnyResult | BaseException) -> AnyResult | BaseException:
-    """The answer of a job that has run."""
-    job = run.job
-    if isinstance(outcome, AnyResult):
-        timings = replace(
-            outcome.timings,
-            queue_ms=1e3 * (run.begun_at - job.arrived_at),
-            total_ms=1e3 * (time.monotonic() - job.arrived_at),
-        )
-        return replace(outcome, id=job.id, timings=timings)
-    if isinstance(outcome, Superseded):
-        return _superseded(job)
-    if isinstance(outcome, Struck):
-        return outcome
-    if isinstance(outcome, torch.OutOfMemoryError):
-        return NotEnoughMemory(str(outcome))
-    if not isinstance(outcome, InfilldError):
-        log.error("job %s failed", job.id, exc_info=outcome, extra={"job": job.id})
-    return outcome
-
-
-def _nothing(job: AnyJob, reason: Reason, why: str) -> AnyResult:
-    kind: type[InfillResult] | type[ChatResult] = (
-        ChatResult if isinstance(job.request, ChatRequest) else InfillResult
-    )
-    return kind(id=job.id, seed=job.request.seed or 0, reason=reason, why=why)
-
-
-def _superseded(job: AnyJob) -> AnyResult:
-    return _nothing(job, "superseded", "A newer request for the same document took over.")

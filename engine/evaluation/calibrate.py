@@ -23,8 +23,8 @@ from infilld.engine.errors import InfilldError
 from infilld.engine.evaluation.held_out import calibration_files, files_below
 from infilld.engine.evaluation.items import Item, cut_items
 from infilld.engine.evaluation.measures import is_exact_text
-from infilld.engine.filling import COMPLETE
 from infilld.engine.infill import Hooks, Infiller
+from infilld.engine.judging import COMPLETE
 from infilld.engine.plan import FillMethod
 from infilld.engine.ranking import CALIBRATION, Calibration, Weighed
 from infilld.engine.request import InfillRequest, Span
