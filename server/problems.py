@@ -98,6 +98,8 @@ _REMEDIES = {
 }
 # Where a path takes bodies of two dialects, an error says which one it is before it names the key.
 OPENAI, TABBY = "(openai)", "(tabby)"
+# Where a key takes several types, an error names the one it was tried as behind the key.
+_TYPES = frozenset({"str", "int", "float", "bool"})
 _NO_KEYS = frozenset({"body", OPENAI, TABBY})
 _IN_RANGE = "Give a number in this range; GET /openapi.json has the bounds."
 
@@ -154,12 +156,18 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     return response(500, INTERNAL, path=request.url.path)
 
 
+def _keys(place: Sequence[str | int], *, is_ours: bool) -> list[str]:
+    """The keys that lead to a place; those of a client may be called anything."""
+    parts = [str(part) for part in place if part not in _NO_KEYS]
+    return [p for p in parts if not (is_ours and (p in _TYPES or p.endswith("]")))]
+
+
 def explain(found: Sequence[Mapping[str, Any]]) -> dict[str, object]:
     """The first thing that is wrong with a body, in our shape."""
     first = found[0]
     kind = first["type"]
     # A key may be anything, also a whole document.
-    key = short(".".join(str(part) for part in first["loc"] if part not in _NO_KEYS))
+    key = short(".".join(_keys(first["loc"], is_ours=kind != "extra_forbidden")))
     param = key or None
     if kind == "extra_forbidden":
         remedy = "Leave it out; GET /openapi.json lists the keys."

@@ -114,3 +114,22 @@ def test_the_wrong_key_is_named_for_programs_too(shared: LiveServer) -> None:
     body = {"text": "", "spans": [{"start": 0, "end": "z"}]}
     got = httpx.post(shared.url + "/v1/infill", json=body, headers=headers).json()["error"]
     assert (got["type"], got["param"]) == ("invalid_request_error", "spans.0.end")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "key"),
+    [
+        ("/api/generate", {"prompt": "x", "keep_alive": "\ud800"}, "keep_alive"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]}, "content"),
+        ("/infill", {"stop": ["a", 3]}, "stop"),
+    ],
+)
+def test_a_key_of_several_types_is_named_without_them(
+    shared: LiveServer, path: str, body: dict[str, object], key: str
+) -> None:
+    headers = {"Authorization": f"Bearer {shared.token}", "Content-Type": "application/json"}
+    got = httpx.post(shared.url + path, content=json.dumps(body), headers=headers, timeout=20)
+    assert got.status_code == 400
+    assert key in got.text
+    assert "function" not in got.text
+    assert "[" not in got.text
