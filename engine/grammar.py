@@ -96,13 +96,15 @@ class Constraint:
             matcher.consume_token(first)
 
 
-def vocabulary_of(tokenizer: Tokenizer) -> "LLTokenizer":
+def vocabulary_of(tokenizer: Tokenizer, spelled: Sequence[bytes]) -> "LLTokenizer":
     """The tokens of a vocabulary as the library wants them.
 
     Control tokens stand for no text, so no grammar can ask for one. The end of a text is a token
     of its own, behind all others.
+
+    Args:
+        tokenizer: makes tokens of what must follow. spelled: bytes of every token.
     """
-    spelled = [tokenizer.decode([token]) for token in range(tokenizer.vocab_tokens)]
 
     def encode(text: bytes | str) -> list[int]:
         return tokenizer.encode(text.decode() if isinstance(text, bytes) else text)

@@ -80,7 +80,7 @@ class GrammarTokens:
 
     @cached_property
     def _wrapped(self) -> "LLTokenizer":
-        return vocabulary_of(self._tokenizer)
+        return vocabulary_of(self._tokenizer, self.spelled)
 
 
 class Matching:

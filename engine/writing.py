@@ -128,7 +128,7 @@ class Writer:
         """One canvas more."""
         prefix = yield from self._encoded()
         try:
-            self._refuse_late()
+            self._refuse_late(self.pace.needed_s(passes=1))
             denoised = yield from self.pace.passes(self._denoised(prefix, self._length()))
         finally:
             self.prefixes.give_back(prefix)
@@ -167,7 +167,7 @@ class Writer:
             return
         prefix = yield from self._encoded()
         try:
-            self._refuse_late()
+            self._refuse_late(self.pace.needed_s(passes=1))
             canvas = yield from self.pace.passes(self._guided_passes(prefix, guided))
         finally:
             self.prefixes.give_back(prefix)
@@ -216,8 +216,12 @@ class Writer:
         if self.watching.on_canvas is not None:
             self.watching.on_canvas()
 
-    def _refuse_late(self) -> None:
-        if self._is_late():
+    def _refuse_late(self, needed_s: float) -> None:
+        """End the work before what could not be finished in time."""
+        if self.watching.is_late(needed_s):
+            if not self.watching.is_late(0.0):
+                # Nothing will measure whether it would have been.
+                self.pace.ease()
             raise _Struck
 
     def _commit(self, tokens: list[int]) -> None:
@@ -235,8 +239,7 @@ class Writer:
 
         def check() -> None:
             self.watching.check()
-            if self.watching.is_late(self.pace.piece_s):
-                raise _Struck
+            self._refuse_late(self.pace.piece_s)
 
         began = time.monotonic()
         try:

@@ -14,6 +14,9 @@ from infilld.engine.plan import FillMethod
 from infilld.engine.prompt import BOS, EOS, FILLER, PAD, PREFIX_MARK, SUFFIX_MARK
 from infilld.engine.tokenizer import Tokenizer
 
+# Tensors this small gain nothing from a second thread, and lose to whatever else is running.
+torch.set_num_threads(1)
+
 CONTROLS = (PAD, EOS, BOS, SUFFIX_MARK, PREFIX_MARK, FILLER)
 
 
