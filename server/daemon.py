@@ -27,6 +27,7 @@ from infilld.server.discovery import (
     open_lock,
     running_pid,
     try_lock,
+    writing_in,
 )
 from infilld.server.settings import Settings
 
@@ -62,7 +63,7 @@ def serve(
         on_listening: called once it listens.
 
     Raises:
-        DaemonProblem: one runs already, or the port is taken.
+        DaemonProblem: one runs already, the port is taken, or the state folder cannot be written.
     """
     make_private_folder(settings.state_dir)
     with open_lock(lock_file(settings)) as lock:
@@ -175,8 +176,9 @@ def _hold(lock: int, settings: Settings) -> None:
                 code="already_running",
             )
         time.sleep(0.02)
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, str(os.getpid()).encode(), 0)
+    with writing_in(settings.state_dir):
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
 
 
 def _publish(address: Path, url: str) -> None:
@@ -188,16 +190,18 @@ def _publish(address: Path, url: str) -> None:
         "version": version("infilld"),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    files.put(address, json.dumps(told).encode(), mode=0o600)
+    with writing_in(address.parent):
+        files.put(address, json.dumps(told).encode(), mode=0o600)
     log.info("listening on %s", url)
     _tell_manager("READY=1")
 
 
 def _clear(address: Path) -> None:
     """Remove what a daemon left that did not end cleanly; the lock is held."""
-    address.unlink(missing_ok=True)
-    for draft in address.parent.glob(f".{address.name}.*"):
-        draft.unlink(missing_ok=True)
+    with writing_in(address.parent):
+        address.unlink(missing_ok=True)
+        for draft in address.parent.glob(f".{address.name}.*"):
+            draft.unlink(missing_ok=True)
 
 
 def _forget(address: Path) -> None:

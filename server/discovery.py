@@ -160,9 +160,31 @@ def make_private_folder(path: Path) -> None:
 
 
 @contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Say what is wrong with the state folder where it cannot be written.
+
+    Raises:
+        DaemonProblem: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DaemonProblem(
+            f"cannot write in {folder}: {error.strerror}",
+            remedy="Make room there, or choose another folder with --state-dir.",
+            code="cannot_write",
+        ) from error
+
+
+@contextmanager
 def open_lock(path: Path) -> Iterator[int]:
-    """Open a lock file, not yet locked; leaving the block releases the lock."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    """Open a lock file, not yet locked; leaving the block releases the lock.
+
+    Raises:
+        DaemonProblem: it cannot be made.
+    """
+    with writing_in(path.parent):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         yield descriptor
     finally:
@@ -276,7 +298,8 @@ def _terminate(pid: int) -> None:
 
 def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
     """Start a daemon that outlives us, in its own session."""
-    descriptor = os.open(settings.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with writing_in(settings.state_dir):
+        descriptor = os.open(settings.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as log:
         child = subprocess.Popen(
             [*COMMAND, *settings.flags()],
@@ -300,11 +323,16 @@ def _length_bytes(file: Path) -> int:
         return 0
 
 
+def _is_full(folder: Path) -> bool:
+    return os.statvfs(folder).f_bavail == 0
+
+
 def _failed_start(settings: Settings, log_start_bytes: int) -> DaemonProblem:
     log = settings.log_file.read_bytes()
     # A daemon that came as far as writing its log may have moved the old one away.
     said = log[log_start_bytes if log_start_bytes <= len(log) else 0 :].decode(errors="replace")
-    last = "\n".join(said.strip().splitlines()[-5:]) or "it said nothing"
+    silence = "the disk is full" if _is_full(settings.state_dir) else "it said nothing"
+    last = "\n".join(said.strip().splitlines()[-5:]) or silence
     return DaemonProblem(
         f"the daemon did not start: {last}", remedy=f"The whole log is {settings.log_file}."
     )

@@ -6,6 +6,8 @@ import random
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from daemon_process import WAIT_S, foreground, nursery
+from daemon_process import FAKE, WAIT_S, foreground, nursery
 from ended_jobs import GAP
 from fake_worker import FakeWorker
 from live_server import LiveServer, live_server
@@ -172,6 +174,22 @@ def test_what_is_left_of_others_is_no_obstacle(wanted: Settings) -> None:
         assert found.pid == discovery.running_pid(wanted) == child.pid
         with Client(found.url, found.token) as client:
             assert "damaged_file" in client.stats()["statistics"]
+
+
+@pytest.mark.e2e
+@pytest.mark.usefixtures("_fake_daemon_is_found")
+def test_a_full_disk_is_said_at_the_start(wanted: Settings) -> None:
+    """No file may grow: writes fail as on a full disk, whatever the rights of this user."""
+    words = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", sys.executable, str(FAKE)]
+    done = subprocess.run(
+        [*words, *wanted.flags()], capture_output=True, text=True, check=False, timeout=WAIT_S
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    first, second = done.stderr.splitlines()
+    assert first.startswith(f"infilld: cannot write in {wanted.state_dir}: ")
+    assert "--state-dir" in second
+    with foreground(wanted) as child:
+        assert discovery.running_pid(wanted) == child.pid
 
 
 STREAMED: dict[str, dict[str, object]] = {
