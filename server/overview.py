@@ -46,7 +46,8 @@ def status(options: argparse.Namespace, wanted: Settings) -> int:
     if options.json:
         _print(told, as_json=True)
         return 0
-    if told["page"] is not None and found.token:
+    # A token of earlier days may stand in the file while none is asked for.
+    if told["page"] is not None and wanted.auth and found.token:
         told["page"] = f"{told['page']}#token={found.token}"
     if not told["loaded"]:
         told["loaded"] = f"no: {model_state}"

@@ -282,6 +282,15 @@ def test_a_service_manager_is_told(wanted: Settings, tmp_path: Path) -> None:
             assert child.wait(WAIT_S) == 0
 
 
+def test_without_auth_the_link_has_no_token(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with live_server(tmp_path / "state", auth=False) as server:
+        server.settings.token_file.write_text("a-token-of-earlier-days\n")
+        assert run(server.settings, "status") == 0
+    assert f"{server.url}/\n" in capfd.readouterr().out
+
+
 # Another model.
 
 
