@@ -116,7 +116,8 @@ class ConstrainedFiller:
                 watching=Watching(
                     on_step=None if number or on_draft is None else _told(on_draft),
                     check=hooks.check,
-                    is_late=hooks.is_late,
+                    # To score what was written takes about as long as a pass.
+                    is_late=lambda needed_s: hooks.is_late(needed_s + self._pace.pass_s),
                 ),
             )
             for number, text in enumerate(texts)

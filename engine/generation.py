@@ -7,7 +7,7 @@ request ─turns─▶ prompt ─Writer─▶ canvas after canvas ─▶ transcr
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
@@ -122,6 +122,7 @@ class Converser:
         prompt = self._turns.write(
             request.messages, think=request.think, room_tokens=self._model.context_tokens
         )
+        prompt = replace(prompt, ends=prompt.ends | set(self._sampler.eos_ids))
         writers = [
             self._writer(request, hooks, prompt, (seed + number) % _MOST_SEEDS, is_shown=not number)
             for number in range(request.alternatives)

@@ -9,7 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_infill import tiny_config, tiny_infiller, tiny_model
-from tiny_tokenizers import CHANNEL, CHANNEL_END, TURN_END, chat_template, chat_tokenizer, pieces
+from tiny_tokenizers import (
+    CHANNEL,
+    CHANNEL_END,
+    THINK,
+    TURN_END,
+    chat_template,
+    chat_tokenizer,
+    pieces,
+)
 
 from infilld.engine.chat import ChatTemplate
 from infilld.engine.chat_prompt import ChatLayout
@@ -93,6 +101,16 @@ def test_an_answer_ends_with_its_turn(engine: Infiller, writes: Callable[..., li
     assert updates[-1].text == "Hello."
     assert result.usage.text_tokens == 6
     assert result.reason == "ok"
+
+
+def test_what_the_generation_configuration_calls_an_end_is_one(
+    writes: Callable[..., list[int]],
+) -> None:
+    other = chatting(chat_template())
+    sampler = replace(other.sampler, eos_ids=(THINK,))
+    ending = Infiller(other.model, TOKENIZER, sampler, layout=other.layout)
+    writes("Hello.", THINK, "more")
+    assert answered(ending, asked())[0].answers[0].text == "Hello."
 
 
 def test_a_long_answer_takes_several_canvases_and_keeps_characters_whole(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -447,6 +448,18 @@ def test_a_gap_that_cannot_be_whole_stays_empty_and_says_why(random_engine: Infi
     result = filled(random_engine, schema(PERSON), max_tokens=10)
     assert (result.alternatives, result.reason) == ((), "empty")
     assert "max_tokens" in result.why
+
+
+def test_a_gap_whose_deadline_strikes_stays_empty(random_engine: Infiller) -> None:
+    request = InfillRequest(text=TEXT, spans=(Span(AT, AT),), grammar=Grammar("regex", "[a-z]{9}"))
+    result = random_engine.infill(request, Hooks(deadline_at=time.monotonic() - 1))
+    assert (result.alternatives, result.reason) == ((), "deadline")
+    assert result.usage.passes == 0
+
+
+def test_a_grammar_does_not_keep_a_prompt_from_being_warmed(random_engine: Infiller) -> None:
+    result = filled(random_engine, Grammar("json"), warm=True)
+    assert (result.alternatives, result.usage.passes) == ((), 0)
 
 
 @pytest.mark.parametrize(
