@@ -8,8 +8,6 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from infilld.server import health, native, openapi, problems, recent, reports, switching
-from infilld.server.bodies import Limits
 from infilld.server.compat import (
     chat,
     llamacpp,
@@ -19,14 +17,18 @@ from infilld.server.compat import (
     ollama_models,
     openai,
 )
-from infilld.server.guard import Guard
+from infilld.server.http import openapi, problems
+from infilld.server.http.bodies import Limits
+from infilld.server.http.guard import Guard
 from infilld.server.jobs import Jobs, Worker
-from infilld.server.metrics import Metrics
-from infilld.server.outcomes import Records
+from infilld.server.keeping import recent
+from infilld.server.keeping.metrics import Metrics
+from infilld.server.keeping.outcomes import Records
+from infilld.server.keeping.recent import Recent
+from infilld.server.keeping.statistics import Statistics
 from infilld.server.page import page
-from infilld.server.recent import Recent
-from infilld.server.statistics import Statistics
-from infilld.server.token import TokenFile
+from infilld.server.process.token import TokenFile
+from infilld.server.routes import health, native, reports, switching
 
 CLOSE_WAIT_S = 0.5
 

@@ -10,22 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from infilld.server import (
-    evaluate,
-    fill,
-    logs,
-    models,
-    operate,
-    overview,
-    service,
-    settings,
-    token,
-    train,
-)
+from infilld.server import settings
 from infilld.server.client import ServerProblem
-from infilld.server.document import PositionProblem
-from infilld.server.flags import MANY, whole
+from infilld.server.process import logs, token
 from infilld.server.settings import Problem, Settings, SettingsProblem
+from infilld.server.verbs import evaluate, fill, models, operate, overview, service, train
+from infilld.server.verbs.document import PositionProblem
+from infilld.server.verbs.flags import MANY, whole
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
 
@@ -124,7 +115,7 @@ def _become_bridge(words: Sequence[str]) -> None:
 
 
 def _doctor(options: argparse.Namespace, wanted: Settings) -> int:
-    from infilld.server import doctor
+    from infilld.server.verbs import doctor
 
     return doctor.run(wanted, as_json=options.json)
 

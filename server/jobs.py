@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 from infilld.engine.conversation import ChatRequest, ChatResult, ChatUpdate
 from infilld.engine.errors import Cancelled, InfilldError, Unavailable
 from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult
-from infilld.server import logs
+from infilld.server.process import logs
 
 AnyRequest = InfillRequest | ChatRequest
 AnyResult = InfillResult | ChatResult

@@ -80,8 +80,8 @@ def own_repository() -> Repository | None:
     """
     root = Path(__file__).resolve().parents[2]
     pairs = [
-        ("server/document.py", "tests/server/test_document.py"),
-        ("server/files.py", "tests/server/test_files.py"),
+        ("server/verbs/document.py", "tests/server/test_document.py"),
+        ("server/process/files.py", "tests/server/test_files.py"),
         ("engine/silence/python.py", "tests/engine/test_silence_python.py"),
         ("engine/training/corpus.py", "tests/engine/test_training_corpus.py"),
         ("lsp/documents.py", "tests/lsp/test_documents.py"),

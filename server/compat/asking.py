@@ -16,8 +16,8 @@ from typing import Literal
 from fastapi import Request
 
 from infilld.engine.request import Context, Grammar, InfillRequest, InfillResult, ScoredToken, Span
-from infilld.server.answering import answer
 from infilld.server.compat.markers import Divided, divided
+from infilld.server.http.answering import answer
 from infilld.server.jobs import Jobs
 from infilld.server.wire import MAX_CONTEXT_ITEMS
 

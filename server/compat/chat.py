@@ -17,11 +17,11 @@ from pydantic import ConfigDict
 from infilld.engine.conversation import ChatAnswer, ChatRequest, ChatResult, ChatUpdate
 from infilld.engine.errors import InfilldError
 from infilld.engine.request import Usage
-from infilld.server import problems, sse
-from infilld.server.answering import Stream, answer
 from infilld.server.compat import conversing, grammars
 from infilld.server.compat.conversing import Growing, Turn
 from infilld.server.compat.fields import Body, Flag, Number, Stop, Whole, seed_of, stops
+from infilld.server.http import problems, sse
+from infilld.server.http.answering import Stream, answer
 from infilld.server.jobs import Jobs, LiveJob
 from infilld.server.wire import Text
 

@@ -15,14 +15,14 @@ from pydantic import ConfigDict
 
 from infilld.engine.errors import Unsupported
 from infilld.engine.request import Context, Grammar
-from infilld.server import sse
-from infilld.server.answering import answer
 from infilld.server.compat import asking, conversing, grammars, llamacpp_reply
 from infilld.server.compat.asking import Answered, Asked
 from infilld.server.compat.fields import Body, Flag, Number, Stop, Whole, seed_of, stops
 from infilld.server.compat.streaming import streamed
-from infilld.server.facts import Facts, facts
+from infilld.server.http import sse
+from infilld.server.http.answering import answer
 from infilld.server.jobs import Jobs
+from infilld.server.routes.facts import Facts, facts
 from infilld.server.wire import MAX_TOKENS, Text
 
 MAX_COMPLETIONS = 4

@@ -28,10 +28,10 @@ from pydantic import ConfigDict, Field
 
 from infilld.engine.errors import UnknownOption
 from infilld.engine.request import Context, InfillRequest, InfillResult, Span
-from infilld.server.answering import answer
 from infilld.server.compat import fields
 from infilld.server.compat.asking import Answered, Shaped, canvas_tokens
 from infilld.server.compat.mistral import FimReply, Writer
+from infilld.server.http.answering import answer
 from infilld.server.jobs import Jobs
 from infilld.server.wire import MAX_CONTEXT_ITEMS, Text
 

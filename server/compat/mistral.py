@@ -13,11 +13,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from infilld.server import sse
 from infilld.server.compat import fields, grammars
 from infilld.server.compat.asking import Answered, Asked, ask, gap_of
 from infilld.server.compat.openai import Why
 from infilld.server.compat.streaming import streamed
+from infilld.server.http import sse
 from infilld.server.jobs import Jobs
 from infilld.server.wire import Text
 

@@ -20,15 +20,15 @@ from pydantic import ConfigDict
 from infilld.engine.conversation import ChatRequest, ChatResult, ChatUpdate, Message
 from infilld.engine.errors import InfilldError, UnknownOption
 from infilld.engine.request import Grammar, InfillRequest, InfillResult, Span, Timings, Usage
-from infilld.server import problems
-from infilld.server.answering import Stream, answer
 from infilld.server.compat import asking, conversing, grammars
 from infilld.server.compat.asking import Asked
 from infilld.server.compat.conversing import Growing, Turn
 from infilld.server.compat.fields import Body, Flag, Number, Stop, Whole, seed_of, stops
 from infilld.server.compat.markers import divided
-from infilld.server.facts import iso_time
+from infilld.server.http import problems
+from infilld.server.http.answering import Stream, answer
 from infilld.server.jobs import AnyJob, AnyRequest, Jobs
+from infilld.server.routes.facts import iso_time
 from infilld.server.wire import Text
 
 log = logging.getLogger(__name__)

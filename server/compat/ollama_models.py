@@ -11,8 +11,8 @@ from fastapi import APIRouter, Response
 from pydantic import ConfigDict
 
 from infilld.server.compat.fields import Body
-from infilld.server.facts import FAMILY, Facts, facts, iso_time
 from infilld.server.jobs import Jobs
+from infilld.server.routes.facts import FAMILY, Facts, facts, iso_time
 from infilld.server.wire import Text
 
 # Clients compare it with the release that brought what they need; this is the interface served.

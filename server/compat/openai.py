@@ -13,12 +13,12 @@ from fastapi.openapi.models import Example
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from infilld.server import sse
 from infilld.server.compat import fields, grammars, tabby
 from infilld.server.compat.asking import Answered, Asked, Shaped, ask, gap_of
 from infilld.server.compat.streaming import streamed
+from infilld.server.http import sse
+from infilld.server.http.problems import OPENAI, TABBY
 from infilld.server.jobs import Jobs
-from infilld.server.problems import OPENAI, TABBY
 from infilld.server.wire import Text
 
 MAX_PROMPTS = 32

@@ -7,9 +7,9 @@ from fastapi import Request
 
 from infilld.engine.errors import InfilldError
 from infilld.engine.request import InfillRequest
-from infilld.server import problems, sse
-from infilld.server.answering import Stream
 from infilld.server.compat.asking import Answered, Asked, shaped, wanted_of
+from infilld.server.http import problems, sse
+from infilld.server.http.answering import Stream
 from infilld.server.jobs import Jobs
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,9 @@ from live_server import serving
 from picture import at_pass_two, finish
 
 from infilld.engine.worker import Worker
-from infilld.server import discovery, models
+from infilld.server import discovery
 from infilld.server.settings import STARTER, Settings
+from infilld.server.verbs import models
 
 pytestmark = [
     pytest.mark.e2e,

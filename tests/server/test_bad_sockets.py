@@ -13,7 +13,7 @@ import pytest
 from fake_worker import FakeWorker, Script
 from live_server import LiveServer, live_server
 
-from infilld.server import bodies, connection, guard
+from infilld.server.http import bodies, connection, guard
 
 GOOD = json.dumps({"text": "", "spans": [{"start": 0, "end": 0}]}).encode()
 MIB = 1 << 20

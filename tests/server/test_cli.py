@@ -9,8 +9,9 @@ import pytest
 from fake_worker import Script
 from live_server import LiveServer, live_server
 
-from infilld.server import cli, model_choice, wire
+from infilld.server import cli, wire
 from infilld.server.client import Client
+from infilld.server.verbs import model_choice
 
 
 @pytest.fixture

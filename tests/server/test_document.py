@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infilld.server.document import Document, DocumentProblem, PositionProblem
+from infilld.server.verbs.document import Document, DocumentProblem, PositionProblem
 
 TEXTS = st.lists(
     st.sampled_from(

@@ -11,8 +11,9 @@ import pytest
 from infilld.engine.evaluation import run as evaluation
 from infilld.engine.evaluation.names import CONTENDERS, KINDS
 from infilld.engine.evaluation.run import EvaluationOptions
-from infilld.server import cli, models
+from infilld.server import cli
 from infilld.server.settings import STARTER
+from infilld.server.verbs import models
 
 REPORT: dict[str, Any] = {
     "model": "starter",

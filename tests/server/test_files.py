@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from infilld.server.files import put
+from infilld.server.process.files import put
 
 
 def mode_of(path: Path) -> int:

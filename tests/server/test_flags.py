@@ -5,7 +5,8 @@ import argparse
 import pytest
 
 from infilld.engine.training import run as training
-from infilld.server import cli, flags
+from infilld.server import cli
+from infilld.server.verbs import flags
 
 HUGE = "9" * 5_000
 NO_COUNT = ["x", "", "1.5", "1_0", "+1", " 1", "\N{ARABIC-INDIC DIGIT THREE}", HUGE]

@@ -11,9 +11,9 @@ import pytest
 from fake_worker import FakeWorker
 from live_server import LiveServer, live_server, serving
 
-from infilld.server.bodies import Limits
 from infilld.server.client import Client
-from infilld.server.guard import is_own_host
+from infilld.server.http.bodies import Limits
+from infilld.server.http.guard import is_own_host
 from infilld.server.settings import Settings
 
 BODY_LIMIT_BYTES = Limits().body_bytes

@@ -8,7 +8,7 @@ from fake_worker import FakeWorker
 from live_server import LiveServer, live_server
 
 from infilld.engine.errors import NotEnoughMemory
-from infilld.server import facts
+from infilld.server.routes import facts
 
 
 def test_health_of_a_loaded_model_is_ok_for_every_client(shared: LiveServer) -> None:

@@ -18,8 +18,15 @@ from fake_worker import FakeWorker
 from live_server import LiveServer, live_server
 
 from infilld.engine.errors import ModelError
-from infilld.server import cli, logs
-from infilld.server.logs import JsonFormatter, RotatingLog, TextFormatter, following, last_lines
+from infilld.server import cli
+from infilld.server.process import logs
+from infilld.server.process.logs import (
+    JsonFormatter,
+    RotatingLog,
+    TextFormatter,
+    following,
+    last_lines,
+)
 from infilld.server.settings import Settings
 
 SECRET = "sEcReT = 1"
@@ -90,7 +97,7 @@ def test_messages_that_may_quote_source_are_left_out_unless_asked_for(
 LOGGING = """
 import logging, os, sys
 from pathlib import Path
-from infilld.server import logs
+from infilld.server.process import logs
 from infilld.server.settings import Settings
 settings = Settings(state_dir=Path(sys.argv[1]), log_format=sys.argv[2])
 logs.to_stderr(settings)
@@ -197,7 +204,7 @@ def test_logs_follows_until_interrupted(tmp_path: Path) -> None:
 FULL = """
 import logging, resource, signal, sys
 from pathlib import Path
-from infilld.server import logs
+from infilld.server.process import logs
 from infilld.server.settings import Settings
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 logs.to_file(Settings(state_dir=Path(sys.argv[1])))

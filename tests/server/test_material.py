@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from infilld.server import material
-from infilld.server.document import DocumentProblem
+from infilld.server.verbs import material
+from infilld.server.verbs.document import DocumentProblem
 
 
 def test_a_file_goes_along_as_it_is(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from fake_worker import Script
 from live_server import LiveServer
 
 from infilld.engine.request import InfillRequest, InfillResult, Span, Timings
-from infilld.server import metrics, wire
-from infilld.server.metrics import Family, Metrics, exposition
-from infilld.server.outcomes import outcome_of
+from infilld.server import wire
+from infilld.server.keeping import metrics
+from infilld.server.keeping.metrics import Family, Metrics, exposition
+from infilld.server.keeping.outcomes import outcome_of
 
 NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*"'

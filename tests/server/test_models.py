@@ -17,8 +17,9 @@ from tiny_gguf import Type, config_json, write_gguf
 
 from infilld.engine.checkpoints.weights import expected_shapes
 from infilld.engine.config import ModelConfig
-from infilld.server import cli, models
+from infilld.server import cli
 from infilld.server.settings import STARTER
+from infilld.server.verbs import models
 
 STARTER_FOLDER = models.folder_of(STARTER)
 

@@ -23,10 +23,11 @@ from fake_worker import FakeWorker
 from live_server import LiveServer, live_server
 
 from infilld.engine.errors import Unavailable, Unsupported
-from infilld.server import cli, discovery, model_choice, wire
+from infilld.server import cli, discovery, wire
 from infilld.server.client import Client, ServerProblem
 from infilld.server.jobs import Jobs
 from infilld.server.settings import Settings
+from infilld.server.verbs import model_choice
 
 BODY = {"text": "x = ", "spans": [{"start": 4, "end": 4}], "document": None}
 ASKED = wire.InfillRequest(text="x = ", spans=[wire.Span(start=4, end=4)])

@@ -3,8 +3,8 @@ import socket
 
 import pytest
 
-from infilld.server import ports
 from infilld.server.discovery import DaemonProblem
+from infilld.server.process import ports
 
 
 def test_connections_will_not_wait_for_acknowledgements() -> None:

@@ -6,7 +6,8 @@ import pytest
 from live_server import LiveServer
 
 from infilld.engine import errors
-from infilld.server import problems, wire
+from infilld.server import wire
+from infilld.server.http import problems
 
 
 def family(root: type[errors.InfilldError]) -> Iterator[type[errors.InfilldError]]:

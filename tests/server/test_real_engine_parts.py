@@ -11,8 +11,8 @@ from live_server import serving
 from infilld.engine.worker import Worker
 from infilld.server import cli, wire
 from infilld.server.client import Client, ServerProblem
-from infilld.server.models import folder_of
 from infilld.server.settings import STARTER, Settings
+from infilld.server.verbs.models import folder_of
 
 pytestmark = pytest.mark.slow
 

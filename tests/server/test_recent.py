@@ -11,7 +11,7 @@ from live_server import LiveServer
 from infilld.engine.errors import CheckpointMissing
 from infilld.server import cli, wire
 from infilld.server.client import ServerProblem
-from infilld.server.recent import CAPACITY, Recent
+from infilld.server.keeping.recent import CAPACITY, Recent
 
 SECRET = "sEcReT"
 

@@ -23,10 +23,12 @@ import pytest
 from fake_worker import FakeWorker
 from live_server import LiveServer, live_server
 
-from infilld.server import cli, discovery, guard, models, wire
-from infilld.server.bodies import Limits
+from infilld.server import cli, discovery, wire
 from infilld.server.client import Client
+from infilld.server.http import guard
+from infilld.server.http.bodies import Limits
 from infilld.server.settings import STARTER, Settings, SettingsProblem, load
+from infilld.server.verbs import models
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
@@ -273,7 +275,8 @@ CANARY = "kanarienvogel"
 FAILING = """
 import sys
 from fake_worker import FakeWorker, Script
-from infilld.server import cli, operate
+from infilld.server import cli
+from infilld.server.verbs import operate
 
 def script(request):
     text = getattr(request, "text", None) or request.messages[-1].content

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from live_server import LiveServer
 
-from infilld.server import cli, discovery, service
+from infilld.server import cli, discovery
 from infilld.server.settings import Settings
+from infilld.server.verbs import service
 
 NASTY = [
     "/opt/a b/py%h\\thon",

@@ -1,6 +1,6 @@
 import json
 
-from infilld.server import sse
+from infilld.server.http import sse
 
 
 def test_a_frame_is_one_line_of_ascii_data_whatever_the_text() -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from infilld.server import discovery, models, wire
+from infilld.server import discovery, wire
 from infilld.server.client import Client
 from infilld.server.settings import STARTER, Settings
+from infilld.server.verbs import models
 
 pytestmark = [
     pytest.mark.e2e,

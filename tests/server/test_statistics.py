@@ -24,10 +24,11 @@ from infilld.engine.request import (
     InfillRequest,
     Span,
 )
-from infilld.server import store, wire
-from infilld.server.outcomes import Outcome, Records, kind_of, outcome_of
-from infilld.server.statistics import Statistics
-from infilld.server.store import Store, Told
+from infilld.server import wire
+from infilld.server.keeping import store
+from infilld.server.keeping.outcomes import Outcome, Records, kind_of, outcome_of
+from infilld.server.keeping.statistics import Statistics
+from infilld.server.keeping.store import Store, Told
 
 
 @pytest.fixture
@@ -326,8 +327,8 @@ def test_a_report_that_takes_long_is_told_again_for_a_while(
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from infilld.server.statistics import Statistics
-from infilld.server.outcomes import outcome_of
+from infilld.server.keeping.statistics import Statistics
+from infilld.server.keeping.outcomes import outcome_of
 from infilld.engine.request import InfillRequest, InfillResult, Span
 import json
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -11,9 +11,10 @@ import pytest
 from fake_worker import FakeWorker
 from live_server import live_server, serving
 
-from infilld.server import cli, discovery, token
+from infilld.server import cli, discovery
+from infilld.server.process import token
+from infilld.server.process.token import TokenFile, TokenProblem
 from infilld.server.settings import Settings
-from infilld.server.token import TokenFile, TokenProblem
 
 
 @pytest.fixture

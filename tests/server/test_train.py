@@ -13,7 +13,8 @@ from infilld.engine.training.recipe import SizeName, TrainOptions
 from infilld.engine.training.report import compared
 from infilld.engine.training.trainer import Progress
 from infilld.engine.worker import starter_folder
-from infilld.server import cli, train
+from infilld.server import cli
+from infilld.server.verbs import train
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from fake_worker import FakeWorker
 from live_server import serving
 
 from infilld.lsp.daemon import DaemonLink
-from infilld.server import cli, discovery, ports, wire
+from infilld.server import cli, discovery, wire
 from infilld.server.client import AsyncClient, Client
 from infilld.server.discovery import Daemon, DaemonProblem
+from infilld.server.process import ports
 from infilld.server.settings import Settings
 
 FAKE = Path(__file__).parents[1] / "support" / "fake_daemon.py"

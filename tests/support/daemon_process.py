@@ -36,7 +36,7 @@ def foreground(
 _NURSERY = """
 import os, signal, sys
 import fake_daemon
-import infilld.server.app, infilld.server.statistics
+import infilld.server.app, infilld.server.keeping.statistics
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for _ in sys.stdin:
     if os.fork() == 0:

@@ -11,7 +11,7 @@ from infilld.engine.request import (
     Timings,
     Usage,
 )
-from infilld.server.outcomes import Outcome, outcome_of
+from infilld.server.keeping.outcomes import Outcome, outcome_of
 
 GAP = InfillRequest(text="x = ", spans=(Span(4, 4),), document="secret/path.py", path="secret.py")
 

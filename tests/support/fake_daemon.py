@@ -7,7 +7,9 @@ import sys
 
 from fake_worker import FakeWorker
 
-from infilld.server import cli, daemon, operate
+from infilld.server import cli
+from infilld.server.process import daemon
+from infilld.server.verbs import operate
 
 
 def main() -> int:

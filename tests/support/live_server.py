@@ -12,9 +12,10 @@ from pathlib import Path
 
 from fake_worker import FakeWorker
 
-from infilld.server import daemon, discovery
+from infilld.server import discovery
 from infilld.server.client import Client
 from infilld.server.jobs import Worker
+from infilld.server.process import daemon
 from infilld.server.settings import Settings
 
 

@@ -11,8 +11,9 @@ from browser import Browser, Page
 from live_server import serving
 
 from infilld.engine.worker import Worker
-from infilld.server import discovery, models
+from infilld.server import discovery
 from infilld.server.settings import STARTER, Settings
+from infilld.server.verbs import models
 
 # With it both gaps of the example are filled, and rightly.
 SEED = 3

@@ -16,11 +16,12 @@ from remote_at_work import QUICK, wait_until
 from infilld.engine.conversation import ChatRequest
 from infilld.engine.errors import ContextTooLong, InfilldError, Unsupported
 from infilld.engine.request import InfillRequest
-from infilld.server import cli, records, wire
+from infilld.server import cli, wire
 from infilld.server.client import Client, ServerProblem
 from infilld.server.discovery import Daemon
 from infilld.server.jobs import Worker
 from infilld.server.remote.worker import RemoteWorker
+from infilld.server.routes import records
 from infilld.server.settings import Settings
 
 CODE = "def add(a, b):\n    return \n"

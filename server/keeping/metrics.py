@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from infilld.server.jobs import Event
-from infilld.server.outcomes import SUPERSEDED, Outcome
+from infilld.server.keeping.outcomes import SUPERSEDED, Outcome
 
 CONTENT_TYPE = "text/plain; version=0.0.4"
 BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)

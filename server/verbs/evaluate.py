@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 from infilld.engine.evaluation.names import CONTENDERS, KINDS
-from infilld.server import files, models, wire
-from infilld.server.flags import MANY, some_of, whole
+from infilld.server import wire
+from infilld.server.process import files
 from infilld.server.settings import Problem, Settings
+from infilld.server.verbs import models
+from infilld.server.verbs.flags import MANY, some_of, whole
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

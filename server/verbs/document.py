@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from infilld.server import files
+from infilld.server.process import files
 from infilld.server.settings import Problem
 
 BEFORE_CHARS = 64_000

@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from infilld.server import wire
-from infilld.server.document import Document, DocumentProblem
+from infilld.server.verbs.document import Document, DocumentProblem
 
 MAX_BYTES = 1_000_000
 # Told by name, lower case: what programs keep passwords, keys and tokens in.

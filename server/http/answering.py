@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from infilld.engine.conversation import ChatRequest, ChatResult
 from infilld.engine.errors import Cancelled
 from infilld.engine.request import InfillRequest, InfillResult
-from infilld.server import sse
+from infilld.server.http import sse
 from infilld.server.jobs import AnyJob, AnyRequest, AnyResult, Jobs
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from starlette.types import Message, Receive, Scope
 
-from infilld.server import problems
+from infilld.server.http import problems
 
 
 @dataclass(frozen=True, kw_only=True)

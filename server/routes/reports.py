@@ -7,10 +7,10 @@ from importlib.metadata import version
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 
-from infilld.server import metrics
 from infilld.server.jobs import Jobs
-from infilld.server.metrics import Metrics
-from infilld.server.statistics import Statistics
+from infilld.server.keeping import metrics
+from infilld.server.keeping.metrics import Metrics
+from infilld.server.keeping.statistics import Statistics
 
 _NOT_KEPT: dict[str, object] = {"state": "disabled", "why": "None are asked for."}
 

@@ -14,7 +14,7 @@ from http import HTTPStatus
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from infilld.server import problems
+from infilld.server.http import problems
 
 log = logging.getLogger(__name__)
 

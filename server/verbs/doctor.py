@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from infilld.server import discovery, models, ports
+from infilld.server import discovery
 from infilld.server.client import Client
+from infilld.server.process import ports
 from infilld.server.settings import Problem, Settings
+from infilld.server.verbs import models
 
 _PACKAGES = ("torch", "safetensors", "tokenizers", "fastapi", "uvicorn", "pydantic", "pygls")
 

@@ -13,9 +13,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from infilld.server import sse, wire
-from infilld.server.guard import OPEN_PATHS
-from infilld.server.problems import OLLAMA_PATHS
+from infilld.server import wire
+from infilld.server.http import sse
+from infilld.server.http.guard import OPEN_PATHS
+from infilld.server.http.problems import OLLAMA_PATHS
 
 ERROR = "ErrorReply"
 _ABOUT_ERRORS = {

@@ -8,10 +8,11 @@ from fastapi.responses import JSONResponse, Response
 
 from infilld.engine.errors import InfilldError
 from infilld.engine.request import CanvasUpdate, InfillResult
-from infilld.server import problems, sse, wire
-from infilld.server.answering import Stream, answer
+from infilld.server import wire
+from infilld.server.http import problems, sse
+from infilld.server.http.answering import Stream, answer
 from infilld.server.jobs import Jobs, LiveJob
-from infilld.server.records import to_engine, to_event, to_reply
+from infilld.server.routes.records import to_engine, to_event, to_reply
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from infilld.server import discovery, files
+from infilld.server import discovery
+from infilld.server.process import files
 from infilld.server.settings import KEYS, Problem, Settings
 
 Kind = Literal["systemd", "launchd"]

@@ -14,9 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from infilld.server import model_choice
-from infilld.server.flags import whole
 from infilld.server.settings import STARTER, Problem, Settings, SettingsProblem
+from infilld.server.verbs import model_choice
+from infilld.server.verbs.flags import whole
 
 if TYPE_CHECKING:
     from infilld.engine.placement import Limits

@@ -7,9 +7,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from infilld.server import wire
-from infilld.server.flags import MANY, above_zero, whole
-from infilld.server.models import folder_of
 from infilld.server.settings import Settings
+from infilld.server.verbs.flags import MANY, above_zero, whole
+from infilld.server.verbs.models import folder_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from fastapi import APIRouter, Query
 
 from infilld.server.jobs import Event
-from infilld.server.outcomes import Outcome
+from infilld.server.keeping.outcomes import Outcome
 
 CAPACITY = 256
 

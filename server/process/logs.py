@@ -19,9 +19,9 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import TextIO
 
-from infilld.server import tracebacks
-from infilld.server.flags import MANY, whole
+from infilld.server.process import tracebacks
 from infilld.server.settings import Settings
+from infilld.server.verbs.flags import MANY, whole
 
 LIMIT_BYTES = 1 << 20
 KEPT_FILES = 3

@@ -6,10 +6,12 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-from infilld.server import discovery, logs, models
+from infilld.server import discovery
 from infilld.server.client import Client
-from infilld.server.flags import above_zero
+from infilld.server.process import logs
 from infilld.server.settings import Settings, SettingsProblem
+from infilld.server.verbs import models
+from infilld.server.verbs.flags import above_zero
 
 if TYPE_CHECKING:
     from infilld.server.jobs import Worker
@@ -50,7 +52,7 @@ def serve(options: argparse.Namespace, wanted: Settings) -> int:
     logs.to_stderr(wanted)
     faulthandler.enable()
     wait_passively()
-    from infilld.server import daemon
+    from infilld.server.process import daemon
 
     daemon.serve(wanted, make_worker, on_held=partial(logs.to_file, wanted))
     return 0

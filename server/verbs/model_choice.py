@@ -5,8 +5,9 @@ import re
 import sys
 import time
 
-from infilld.server import discovery, files, settings
+from infilld.server import discovery, settings
 from infilld.server.client import Client, ServerProblem
+from infilld.server.process import files
 from infilld.server.settings import Problem, Settings
 
 SWITCH_WAIT_S = 900.0

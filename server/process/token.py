@@ -13,8 +13,8 @@ import stat
 import sys
 from pathlib import Path
 
-from infilld.server import files
 from infilld.server.discovery import make_private_folder
+from infilld.server.process import files
 from infilld.server.settings import Problem, Settings
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from infilld.server import files, ports, token
-from infilld.server.connection import Connection
 from infilld.server.discovery import (
     API,
     DaemonProblem,
@@ -29,6 +27,8 @@ from infilld.server.discovery import (
     try_lock,
     writing_in,
 )
+from infilld.server.http.connection import Connection
+from infilld.server.process import files, ports, token
 from infilld.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def serve(
         _clear(address)
         with ports.door(settings) as listening:
             from infilld.server.app import create_app
-            from infilld.server.statistics import FILE_NAME, Statistics
+            from infilld.server.keeping.statistics import FILE_NAME, Statistics
 
             app = create_app(
                 make_worker(settings),

@@ -13,10 +13,10 @@ import time
 from collections import OrderedDict
 from pathlib import Path
 
-from infilld.server import store
 from infilld.server.jobs import Event
-from infilld.server.outcomes import Outcome
-from infilld.server.store import Record, Store, Told
+from infilld.server.keeping import store
+from infilld.server.keeping.outcomes import Outcome
+from infilld.server.keeping.store import Record, Store, Told
 
 log = logging.getLogger(__name__)
 

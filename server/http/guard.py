@@ -14,9 +14,9 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from infilld.server import problems
-from infilld.server.bodies import ClientLeft, Held, Intake, Limits, Refused, header, replay
-from infilld.server.token import TokenFile, TokenProblem
+from infilld.server.http import problems
+from infilld.server.http.bodies import ClientLeft, Held, Intake, Limits, Refused, header, replay
+from infilld.server.process.token import TokenFile, TokenProblem
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from fastapi.responses import JSONResponse
 
 from infilld.server import wire
 from infilld.server.discovery import API
-from infilld.server.facts import FAMILY, facts
 from infilld.server.jobs import Jobs
+from infilld.server.routes.facts import FAMILY, facts
 
 _NOT_READY: Mapping[str, wire.LoadingError] = {
     state: wire.LoadingError(code=503, message=message, type="unavailable_error")

@@ -12,8 +12,8 @@ from typing import Any
 from infilld.server import discovery
 from infilld.server.client import Client
 from infilld.server.discovery import Daemon, DaemonProblem
-from infilld.server.flags import whole
 from infilld.server.settings import Settings
+from infilld.server.verbs.flags import whole
 
 # As `recent.CAPACITY`, which is not imported: it brings the web framework along.
 MOST_RECENT = 256
@@ -161,7 +161,7 @@ def _print(told: Mapping[str, object], *, as_json: bool) -> None:
 
 def _from_file(wanted: Settings) -> dict[str, Any]:
     # Late: it loads the engine's records, which other verbs need not wait for.
-    from infilld.server import statistics, store
+    from infilld.server.keeping import statistics, store
 
     path = wanted.state_dir / statistics.FILE_NAME
     kept = {"state": "kept", "why": None, "file": str(path)}

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infilld.server import discovery, material, wire
+from infilld.server import discovery, wire
 from infilld.server.client import Client, ServerProblem
-from infilld.server.document import Document, PositionProblem, Window
-from infilld.server.flags import share, whole
 from infilld.server.settings import KEYS, Problem, Settings
-from infilld.server.watch import harmless, watch
+from infilld.server.verbs import material
+from infilld.server.verbs.document import Document, PositionProblem, Window
+from infilld.server.verbs.flags import share, whole
+from infilld.server.verbs.watch import harmless, watch
 
 START_S = 60.0
 LOAD_S = 600.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from infilld.server.outcomes import Outcome
+from infilld.server.keeping.outcomes import Outcome
 from infilld.server.settings import Problem
 
 VERSION = 1
