@@ -57,7 +57,7 @@ class DraftReader:
         free = torch.zeros(layout.tokens, dtype=torch.bool, device=step.argmax.device)
         for place in layout.slices:
             free[place] = True
-        row = int(step.log_probability[:, free].mean(-1).argmax())
+        row = _best_row(step, free, self.filler)
         before, self._argmax = self._argmax, step.argmax
         is_steady = steady(step, row, before)
         is_alone = len(step.argmax) == 1
@@ -103,6 +103,18 @@ class DraftReader:
     def _text(self, tokens: list[int], stem: str, number: int) -> str:
         text = self.tokenizer.text(tokens).removeprefix(stem)
         return text.replace("\n", self.newlines[number])
+
+
+def _best_row(step: Step, free: torch.Tensor, filler: int | None) -> int:
+    """The row whose text is the most probable, a token on average, in the positions [L] `free`.
+
+    Fillers are certain in nearly every row: counted too, they would let a short text win, whatever
+    it says. A row that writes nothing comes last.
+    """
+    is_text = free & (step.argmax != (-1 if filler is None else filler))
+    sums = torch.where(is_text, step.log_probability, 0.0).sum(-1)
+    means = sums / is_text.sum(-1).clamp(min=1)
+    return int(torch.where(is_text.any(-1), means, -torch.inf).argmax())
 
 
 def steady(step: Step, row: int, before: torch.Tensor | None) -> torch.Tensor:

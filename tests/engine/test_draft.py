@@ -80,6 +80,17 @@ def test_of_several_rows_tokens_settle_and_text_does_not() -> None:
     assert (states(found.tokens), found.spans[0].settled) == ("sn", 0)
 
 
+def test_the_row_that_is_shown_is_the_one_whose_text_is_most_probable() -> None:
+    """Whatever certain fillers stand around a text that is not."""
+    layout = CanvasLayout((gap(4),), ((),))
+    rows = step([ids("abcd"), [*ids("?"), *[FILLER_ID] * 3], [FILLER_ID] * 4])
+    rows.log_probability[0] -= 0.5
+    rows.log_probability[1, 0] -= 1.0
+    assert reader().read(rows, layout).spans[0].text == "abcd"
+    nothing = step([[FILLER_ID] * 4])
+    assert reader().read(nothing, layout).spans[0].text == ""
+
+
 def test_parts_of_characters_are_marked_and_the_stem_is_not_told_again() -> None:
     layout = CanvasLayout((gap(3, stem="d"),), ((),))
     found = reader().read(step([[*ids("d"), *ids("é")]]), layout)
