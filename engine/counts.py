@@ -1,7 +1,9 @@
 """What a worker counts: answers by reason, tokens and passes, and the times of the last jobs."""
 
+import math
 import statistics
 from collections import Counter, deque
+from collections.abc import Sequence
 
 from infilld.engine.request import InfillResult
 from infilld.engine.scheduler import AnyRequest, AnyResult
@@ -59,7 +61,6 @@ class Counts:
     def report(self) -> dict[str, object]:
         """The part of `Worker.stats` that is counted."""
         times = sorted(self._job_ms)
-        centiles = statistics.quantiles(times, n=20) if len(times) > 1 else times * 19
         rounds = self.totals["rounds"]
         return {
             "jobs": sum(self.reasons.values()),
@@ -68,6 +69,11 @@ class Counts:
             **{name: self.totals[name] for name in _REPORTED},
             "jobs_per_round": self.totals["shared"] / rounds if rounds else None,
             "pass_p50_ms": statistics.median(self._pass_ms) if self._pass_ms else None,
-            "p50_ms": centiles[9] if times else None,
-            "p95_ms": centiles[18] if times else None,
+            "p50_ms": _nearest_rank(times, 0.50),
+            "p95_ms": _nearest_rank(times, 0.95),
         }
+
+
+def _nearest_rank(ordered: Sequence[float], share: float) -> float | None:
+    """The smallest of these that so many are not above: a time that some job really took."""
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None

@@ -6,6 +6,7 @@ itself: the content of each chunk then replaces that of the one before.
 """
 
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -94,10 +95,10 @@ def router(jobs: Jobs) -> APIRouter:
         """Answer a conversation; `stream: true` answers with events."""
         wanted = await to_engine(asked)
         if asked.max_answer_tokens == 0:
-            return JSONResponse(_reply(_nothing(), jobs.model))
+            return _without_text(asked, jobs.model)
         if asked.stream:
             job = jobs.submit(wanted, route=request.url.path, with_updates=True)
-            return Stream(jobs, job, _Chunks(asked, job, jobs.model).frames())
+            return Stream(jobs, job, _Chunks(asked, job.id, jobs.model).frames(job))
         result = await answer(jobs, wanted, request)
         return JSONResponse(_reply(result, jobs.model))
 
@@ -124,8 +125,14 @@ async def to_engine(asked: ChatBody) -> ChatRequest:
     )
 
 
-def _nothing() -> ChatResult:
-    return ChatResult(id="none", seed=0, answers=(ChatAnswer("", "", "length"),))
+def _without_text(asked: ChatBody, model: str) -> Response:
+    """The answer of no token, as clients ask for it that only prepare."""
+    result = ChatResult(id=secrets.token_hex(8), seed=0, answers=(ChatAnswer("", "", "length"),))
+    if not asked.stream:
+        return JSONResponse(_reply(result, model))
+    chunks = _Chunks(asked, result.id, model)
+    body = b"".join((chunks.first(), *chunks.last(result)))
+    return Response(body, media_type=sse.MEDIA_TYPE, headers=dict(sse.HEADERS))
 
 
 def _reply(result: ChatResult, model: str) -> Json:
@@ -172,28 +179,33 @@ def _thoughts(text: str) -> Json:
 class _Chunks:
     """The events of one streamed answer."""
 
-    def __init__(self, asked: ChatBody, job: LiveJob[ChatUpdate, ChatResult], model: str) -> None:
-        self._job, self._is_replaced = job, bool(asked.diffusing)
-        self._head = _head(job.id, model, "chat.completion.chunk")
+    def __init__(self, asked: ChatBody, result_id: str, model: str) -> None:
+        self._is_replaced = bool(asked.diffusing)
+        self._head = _head(result_id, model, "chat.completion.chunk")
         self._with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         self._text, self._thoughts = Growing(), Growing()
 
-    async def frames(self) -> AsyncIterator[bytes]:
-        """Everything that is sent."""
+    async def frames(self, job: LiveJob[ChatUpdate, ChatResult]) -> AsyncIterator[bytes]:
+        """Everything that is sent of a job."""
         try:
-            yield self._chunk(0, {"role": "assistant", "content": ""})
-            async for update in self._job.updates():
+            yield self.first()
+            async for update in job.updates():
                 if delta := self._delta(update.text, update.thoughts, update.draft):
                     yield self._chunk(0, delta)
-            for frame in self._last(await self._job.result()):
+            for frame in self.last(await job.result()):
                 yield frame
         except InfilldError as error:
-            yield sse.unnamed(problems.body_of(error))
+            yield sse.unnamed(problems.with_remedy(problems.body_of(error)))
         except Exception:
-            log.exception("job %s failed", self._job.id)
-            yield sse.unnamed(problems.INTERNAL)
+            log.exception("job %s failed", job.id)
+            yield sse.unnamed(problems.with_remedy(problems.INTERNAL))
 
-    def _last(self, result: ChatResult) -> list[bytes]:
+    def first(self) -> bytes:
+        """The event that begins an answer."""
+        return self._chunk(0, {"role": "assistant", "content": ""})
+
+    def last(self, result: ChatResult) -> list[bytes]:
+        """What is not sent yet of a result, and the end."""
         frames = []
         for index, each in enumerate(conversing.answers_of(result)):
             if index:

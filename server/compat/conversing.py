@@ -10,6 +10,7 @@ from typing import Any
 from infilld.engine.conversation import ChatAnswer, ChatResult, Finish, Message, Role
 from infilld.engine.errors import UnknownOption, Unsupported
 from infilld.server.compat.fields import Body, Number
+from infilld.server.http.problems import short
 from infilld.server.wire import MAX_DEADLINE_MS, MAX_TOKENS, Text
 
 # What a tool said is something the model is told, so it stands where a user speaks.
@@ -57,7 +58,9 @@ def _role(turn: Turn) -> Role:
         return ROLES[turn.role]
     except KeyError:
         known = ", ".join(ROLES)
-        raise UnknownOption(f"the role {turn.role!r}", remedy=f"Use one of {known}.") from None
+        raise UnknownOption(
+            f"the role {short(turn.role)!r}", remedy=f"Use one of {known}."
+        ) from None
 
 
 def _text(turn: Turn) -> str:
@@ -67,7 +70,7 @@ def _text(turn: Turn) -> str:
     for part in turn.content:
         if part.type not in _TEXT_PARTS:
             raise Unsupported(
-                f"a message has a part of type {part.type!r}",
+                f"a message has a part of type {short(part.type)!r}",
                 remedy="Send parts of type text; this model reads nothing else.",
             )
     return "".join(part.text for part in turn.content)

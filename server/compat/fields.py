@@ -8,7 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from infilld.engine.errors import UnknownOption
 from infilld.server.wire import Text
+
+MAX_STOPS = 64
+MAX_STOP_CHARS = 1024
 
 
 class Body(BaseModel):
@@ -49,8 +53,18 @@ Stop = Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=str 
 
 
 def stops(stop: list[str] | None) -> tuple[str, ...]:
-    """The texts before which an answer ends; an empty one ends nothing."""
-    return tuple(text for text in stop or () if text)
+    """The texts before which an answer ends; an empty one ends nothing.
+
+    Raises:
+        UnknownOption: more, or longer ones, than anybody looks for after every pass.
+    """
+    texts = tuple(text for text in stop or () if text)
+    if len(texts) > MAX_STOPS or any(len(text) > MAX_STOP_CHARS for text in texts):
+        raise UnknownOption(
+            f"{len(texts)} stop texts of up to {max(map(len, texts))} characters",
+            remedy=f"Give up to {MAX_STOPS} of up to {MAX_STOP_CHARS} characters.",
+        )
+    return texts
 
 
 def seed_of(number: int | None) -> int | None:

@@ -20,13 +20,12 @@ nothing is suggested the region comes back as it is.
 import re
 import time
 from dataclasses import dataclass
-from typing import Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import ConfigDict, Field
 
-from infilld.engine.errors import UnknownOption
+from infilld.engine.errors import UnknownOption, Unsupported
 from infilld.engine.request import Context, InfillRequest, InfillResult, Span
 from infilld.server.compat import fields
 from infilld.server.compat.asking import Answered, Shaped, canvas_tokens
@@ -37,9 +36,8 @@ from infilld.server.wire import MAX_CONTEXT_ITEMS, Text
 
 CURSOR = "<|cursor|>"
 FENCE = "```"
-_SNIPPET = re.compile(
-    r"<\|recently_viewed_code_snippet\|>\n?(.*?)<\|/recently_viewed_code_snippet\|>", re.DOTALL
-)
+_SNIPPET_START = "<|recently_viewed_code_snippet|>"
+_SNIPPET_END = "<|/recently_viewed_code_snippet|>"
 _SNIPPET_PATH = re.compile(r"code_snippet_file_path:[ \t]*(.*)\n?")
 _FILE_PATH = re.compile(r"current_file_path:[ \t]*(.*)\n?")
 _INSTRUCTION = "Continue the recent edits: write this code as it should stand next."
@@ -97,12 +95,19 @@ def parse(content: str) -> Document:
 
 
 def _snippets(text: str) -> list[Context]:
-    found = []
-    for (snippet,) in map(re.Match.groups, _SNIPPET.finditer(text)):
+    found: list[Context] = []
+    at = 0
+    while len(found) < MAX_CONTEXT_ITEMS:
+        start = text.find(_SNIPPET_START, at)
+        end = text.find(_SNIPPET_END, start)
+        if start < 0 or end < 0:
+            break
+        snippet = text[start + len(_SNIPPET_START) : end].removeprefix("\n")
         path = _SNIPPET_PATH.match(snippet)
         body = snippet[path.end() :] if path else snippet
         found.append(Context(path[1].strip() if path else "", body, "recent"))
-    return found[:MAX_CONTEXT_ITEMS]
+        at = end
+    return found
 
 
 def _edits(text: str) -> list[Context]:
@@ -160,15 +165,17 @@ class EditRequest(fields.Body):
     messages: list[Message] = Field(min_length=1)
     max_tokens: fields.Whole | None = None
     seed: fields.Whole | None = None
-    stream: Literal[False] | None = None
+    stream: fields.Flag | None = None
     temperature: fields.Number | None = None
 
     def document(self) -> Document:
         """The tagged document.
 
         Raises:
-            UnknownOption: there is none.
+            UnknownOption: there is none. Unsupported: it is to be streamed.
         """
+        if self.stream:
+            raise Unsupported("an edit is answered whole", remedy="Leave `stream` out.")
         users = [message for message in self.messages if message.role == "user"]
         return parse(users[-1].text if users else "")
 

@@ -130,7 +130,8 @@ def router(jobs: Jobs) -> APIRouter:
 def _gap(body: GenerateBody) -> Asked | None:
     """The gap to fill, without its grammar; None: it is a question."""
     prompt, options = body.prompt or "", body.options or Options()
-    if body.suffix is None and not body.raw and divided(prompt) is None:
+    # Ollama's own client always sends a suffix; where it is empty there is none.
+    if not body.suffix and not body.raw and divided(prompt) is None:
         return None
     gap = asking.gap_of(prompt, body.suffix)
     return Asked(

@@ -1,8 +1,9 @@
 """Every error as an HTTP status and a body that every client can read.
 
 `{error: {code, message, remedy, type, param}}`: `code` and `remedy` are ours, `type` and `param`
-what OpenAI's and llama.cpp's clients look at. Below `/api/` it is `{error: "message remedy"}`, as
-Ollama's clients expect. No message quotes more than a few words of what a client sent.
+what OpenAI's and llama.cpp's clients look at. These show nothing but `message`, so on all routes
+that are not our own it says what to do as well. Below `/api/` it is `{error: "message. remedy"}`,
+as Ollama's clients expect. No message quotes more than a few words of what a client sent.
 """
 
 import logging
@@ -54,7 +55,10 @@ TYPES: Mapping[int, str] = {
 }
 """What `type` says of a status, in OpenAI's and llama.cpp's words; else by its hundreds."""
 OLLAMA_PATHS = "/api/"
+# Their clients read `remedy`.
+_OURS = frozenset({"/v1/infill", "/v1/feedback", "/v1/model", "/v1/recent", "/stats", "/health"})
 _QUOTED_CHARS = 80
+_MESSAGE_CHARS = 1000
 # Not the apostrophe of a word.
 _LONG_QUOTE = re.compile(r"""(?<!\w)(['"`])((?:(?!\1).){80})(?:(?!\1).)+\1""", re.DOTALL)
 
@@ -71,6 +75,8 @@ def body(
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
     if status < 500:
         message = _LONG_QUOTE.sub(r"\1\2…\1", message)
+        if len(message) > _MESSAGE_CHARS:
+            message = f"{message[:_MESSAGE_CHARS]}…"
     told = {"code": code, "message": message, "remedy": remedy, "type": kind, "param": param}
     return {"error": told}
 
@@ -82,9 +88,26 @@ def short(text: str) -> str:
 
 def as_ollama(content: Mapping[str, object]) -> dict[str, object]:
     """An error object as Ollama's clients read it: one text."""
+    return {"error": _sentences(_error_of(content))}
+
+
+def with_remedy(content: Mapping[str, object]) -> dict[str, object]:
+    """An error object whose message says what to do, for clients that show nothing else."""
+    error = _error_of(content)
+    return {"error": {**error, "message": _sentences(error)}}
+
+
+def _error_of(content: Mapping[str, object]) -> Mapping[str, object]:
     error = content["error"]
     assert isinstance(error, Mapping)
-    return {"error": f"{error['message']} {error['remedy']}".strip()}
+    return error
+
+
+def _sentences(error: Mapping[str, object]) -> str:
+    message, remedy = str(error["message"]), error["remedy"]
+    if not remedy:
+        return message
+    return f"{message}{'' if message.endswith(('.', '!', '?')) else '.'} {remedy}"
 
 
 # The log has the traceback.
@@ -113,6 +136,8 @@ def response(status: int, content: Mapping[str, object], *, path: str = "") -> J
     """The answer, in the dialect of a path; one that may succeed later says when to try again."""
     if path.startswith(OLLAMA_PATHS):
         content = as_ollama(content)
+    elif path and path not in _OURS:
+        content = with_remedy(content)
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else None
     return JSONResponse(content, status_code=status, headers=headers)
 
@@ -181,6 +206,9 @@ def explain(found: Sequence[Mapping[str, Any]]) -> dict[str, object]:
     if kind in ("greater_than_equal", "less_than_equal"):
         # The code the engine gives to numbers out of range.
         return body(errors.UnknownOption.code, f"{key}: {first['msg']}", _IN_RANGE, param=param)
+    if not key:
+        found_out = "is missing" if kind == "missing" else "is no JSON object"
+        return body("bad_request", f"the body {found_out}", "Send one JSON object.")
     remedy = "GET /openapi.json has the types."
     found_out = short(first["msg"].removeprefix("Value error, "))
-    return body("bad_request", f"{key or 'body'}: {found_out}", remedy, param=param)
+    return body("bad_request", f"{key}: {found_out}", remedy, param=param)

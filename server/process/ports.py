@@ -123,7 +123,7 @@ def _check_folder(folder: Path) -> None:
     except OSError as error:
         raise DaemonProblem(f"cannot use {folder}: {error.strerror}", remedy=remedy) from error
     # Whoever may write there could put another socket in place of ours.
-    if told.st_uid != os.geteuid() or told.st_mode & stat.S_IWOTH:
+    if told.st_uid != os.geteuid() or told.st_mode & (stat.S_IWOTH | stat.S_IWGRP):
         raise DaemonProblem(f"{folder} is open to other users", remedy=remedy)
 
 

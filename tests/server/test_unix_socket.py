@@ -126,10 +126,11 @@ def test_a_path_that_is_too_long_says_so(tmp_path: Path) -> None:
         ports.listen_unix(tmp_path / ("x" * 100))
 
 
-def test_a_folder_of_everybody_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o1777, 0o770])
+def test_a_folder_of_others_is_refused(tmp_path: Path, mode: int) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
-    shared.chmod(0o1777)
+    shared.chmod(mode)
     with pytest.raises(DaemonProblem, match="open to other users") as caught:
         ports.listen_unix(shared / "s")
     assert "XDG_RUNTIME_DIR" in caught.value.remedy

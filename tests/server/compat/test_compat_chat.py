@@ -212,6 +212,9 @@ def test_nothing_is_written_where_no_token_is_wanted(server: LiveServer) -> None
     """llama.vim prepares for an instruction so."""
     got = post(server, ASK | {"n_predict": 0, "samplers": [], "response_fields": [""]})
     assert got.json()["choices"][0]["message"]["content"] == ""
+    *_, last = events(post(server, ASK | {"max_tokens": 0, "stream": True}))
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "length")
+    assert last["id"] != got.json()["id"]
     assert server.worker.jobs == []
 
 
@@ -223,6 +226,8 @@ def test_nothing_is_written_where_no_token_is_wanted(server: LiveServer) -> None
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown_option"),
         ({"messages": []}, "bad_request"),
         ({"n": 99}, "unknown_option"),
+        ({"stop": ["x"] * 65}, "unknown_option"),
+        ({"stop": "x" * 1025}, "unknown_option"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "bad_text"),
     ],
 )
@@ -235,6 +240,16 @@ def test_what_cannot_be_served_is_a_400(
         got = httpx.post(shared.url + PATH, content=content, headers=headers, timeout=20)
         assert got.status_code == 400, got.text
         assert code in got.text
+
+
+def test_no_refusal_sends_back_what_was_sent(shared: LiveServer) -> None:
+    """Not even where what was sent is made to look like the end of a quotation."""
+    role = "a'b\"c" * 20_000
+    part = {"role": "user", "content": [{"type": role}]}
+    for messages in ([{"role": role, "content": "x"}], [part]):
+        got = post(shared, ASK | {"messages": messages})
+        assert got.status_code == 400
+        assert len(got.content) < 2000
 
 
 def test_tools_that_may_not_be_called_are_fine(server: LiveServer) -> None:

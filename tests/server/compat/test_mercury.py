@@ -1,5 +1,6 @@
 """`POST /v1/edit/completions`: tagged documents, and the region that comes back."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -208,3 +209,12 @@ def test_a_real_engine_that_follows_instructions_answers(
     assert text.endswith("\n```")
     assert usage["prompt_tokens"] > 0
     assert (text == f"```\n{REGION}```") == (told["reason"] != "ok")
+
+
+def test_snippets_that_never_end_cost_no_more_than_reading_them() -> None:
+    """A pattern would look for the end of each to the end of all."""
+    snippets = "<|recently_viewed_code_snippet|>\n" * 100_000
+    began = time.monotonic()
+    found = parse(f"{snippets}<|code_to_edit|>x<|/code_to_edit|>")
+    assert time.monotonic() - began < 1.0
+    assert found.context == ()

@@ -82,7 +82,7 @@ def test_a_fill_ends_before_a_stop_text(server: LiveServer) -> None:
 
 
 def test_a_stream_is_what_comes_unless_told_otherwise(server: LiveServer) -> None:
-    got = lines(post(server, {"model": "m", "prompt": "a", "suffix": ""}))
+    got = lines(post(server, {"model": "m", "prompt": "a", "suffix": "b"}))
     assert [(line["response"], line["done"]) for line in got] == [("return 1", False), ("", True)]
     assert {key: got[-1][key] for key in COSTS} == COSTS
 
@@ -105,6 +105,12 @@ def test_marks_in_a_prompt_are_a_gap(server: LiveServer) -> None:
 def test_a_raw_prompt_is_gone_on_with(server: LiveServer) -> None:
     assert post(server, {"prompt": "x = ", "raw": True, "stream": False}).status_code == 200
     assert (gap(server).text, gap(server).spans) == ("x = ", (Span(4, 4),))
+
+
+def test_an_empty_suffix_is_none(server: LiveServer) -> None:
+    """Ollama's own client sends every key."""
+    assert post(server, {"prompt": "why?", "suffix": "", "system": ""}).status_code == 200
+    assert question(server).messages == (Message("user", "why?"),)
 
 
 def test_any_other_prompt_is_a_question(server: LiveServer) -> None:
