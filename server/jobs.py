@@ -19,6 +19,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 from infilld.engine.conversation import ChatRequest, ChatResult, ChatUpdate
 from infilld.engine.errors import Cancelled, InfilldError, Unavailable
 from infilld.engine.request import CanvasUpdate, InfillRequest, InfillResult
+from infilld.server.confidential import without_secrets
 from infilld.server.process import logs
 
 AnyRequest = InfillRequest | ChatRequest
@@ -234,7 +235,7 @@ class Jobs:
     ) -> LiveJob[ChatUpdate, ChatResult]: ...
 
     def submit(self, request: AnyRequest, *, route: str, with_updates: bool) -> Any:
-        """Submit a job that the caller will `finish`.
+        """Submit a job that the caller will `finish`; context that looks secret stays behind.
 
         Args:
             request: what is asked. route: by which it came, for the records.
@@ -245,6 +246,8 @@ class Jobs:
         """
         observer = self.observer
         logs.route.set(route)
+        if isinstance(request, InfillRequest):
+            request = without_secrets(request)
         try:
             if self._is_ending:
                 raise Unavailable("the daemon is stopping")

@@ -1,24 +1,13 @@
 """Other files that go along with a request, and those that had better not."""
 
 import os
-import re
-from fnmatch import fnmatch
 from pathlib import Path
 
 from infilld.server import wire
+from infilld.server.confidential import holds_private_key, is_secret_path
 from infilld.server.verbs.document import Document, DocumentProblem
 
 MAX_BYTES = 1_000_000
-# Told by name, lower case: what programs keep passwords, keys and tokens in.
-SECRET_NAMES = (
-    *(".env", ".env.*", "*.env", ".secrets", "secrets.y*ml", "secrets.json", "secrets.toml"),
-    *("credentials", "credentials.json", "credentials.csv"),
-    *("*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.asc", "*.gpg"),
-    *("id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "id_*_sk"),
-    *(".netrc", "_netrc", ".pgpass", ".htpasswd", ".npmrc", ".pypirc", ".git-credentials"),
-)
-SECRET_FOLDERS = frozenset({".ssh", ".gnupg", ".aws"})
-_PRIVATE_KEY = re.compile("-----BEGIN [A-Z0-9 ]*PRIVATE KEY")
 
 
 def read(path: Path) -> wire.ContextItem:
@@ -42,17 +31,16 @@ def read(path: Path) -> wire.ContextItem:
             remedy="Give the part that matters as a file of its own.",
         )
     text = Document.read(path).text
-    if _PRIVATE_KEY.search(text):
+    if holds_private_key(text):
         raise _secret(path)
     return wire.ContextItem(path=shown(path), text=text, kind="open")
 
 
 def looks_secret(path: Path) -> bool:
     """Whether the name of a file, or of what a link leads to, is one of a secret."""
-    places = (path.absolute(), Path(os.path.realpath(path)))
     return any(
-        fnmatch(place.name.lower(), pattern) for place in places for pattern in SECRET_NAMES
-    ) or any(part.lower() in SECRET_FOLDERS for place in places for part in place.parts[:-1])
+        is_secret_path(str(place)) for place in (path.absolute(), Path(os.path.realpath(path)))
+    )
 
 
 def shown(path: Path) -> str:

@@ -23,6 +23,7 @@ import pytest
 from fake_worker import FakeWorker
 from live_server import LiveServer, live_server
 
+from infilld.engine.request import InfillRequest
 from infilld.server import cli, discovery, wire
 from infilld.server.client import Client
 from infilld.server.http import guard
@@ -317,6 +318,34 @@ def test_no_source_text_is_kept(
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/home/me/project/.env", "TOKEN=1"),
+        ("C:\\Users\\me\\.ssh\\config", "Host a"),
+        ("file:///home/me/.aws/credentials", "[default]"),
+        ("notes.md", "-----BEGIN OPENSSH " + "PRIVATE KEY-----\nb3Blb"),
+    ],
+)
+def test_secrets_are_never_context(shared: LiveServer, path: str, text: str) -> None:
+    """Whichever way they come: editors send what is open."""
+    harmless = {"path": "a.py", "text": "a = 1", "kind": "open"}
+    asked = {**GOOD, "context": [{"path": path, "text": text, "kind": "open"}, harmless]}
+    extra = [{"filename": path, "text": text}, {"filename": "a.py", "text": "a = 1"}]
+    bodies: dict[str, Any] = {
+        "/v1/infill": asked,
+        "/infill": {"input_prefix": "", "input_suffix": "", "input_extra": extra},
+        "/v1/completions": {
+            "segments": {"prefix": "", "declarations": [{"filepath": path, "body": text}]}
+        },
+    }
+    for route, body in bodies.items():
+        assert httpx.post(shared.url + route, json=body, headers=_token(shared)).status_code == 200
+        request = shared.worker.jobs[-1].request
+        assert isinstance(request, InfillRequest)
+        assert {each.path for each in request.context} <= {"a.py"}, route
+
+
 def test_source_text_is_logged_when_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
