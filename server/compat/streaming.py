@@ -53,9 +53,9 @@ def streamed(
             for frame in end(answers):
                 yield frame
         except InfilldError as error:
-            yield sse.unnamed(problems.body_of(error))
+            yield sse.unnamed(problems.with_remedy(problems.body_of(error)))
         except Exception:
             log.exception("a stream of %s failed", path)
-            yield sse.unnamed(problems.INTERNAL)
+            yield sse.unnamed(problems.with_remedy(problems.INTERNAL))
 
     return Stream(jobs, first, chunks())

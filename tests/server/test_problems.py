@@ -78,6 +78,24 @@ def test_below_api_an_error_is_a_sentence() -> None:
     assert json.loads(problems.response(429, told, path="/v1/infill").body) == told
 
 
+@pytest.mark.parametrize(
+    ("message", "remedy", "said"),
+    [
+        ("It is full.", "Wait.", "It is full. Wait."),
+        ("n is 99", "Ask for fewer.", "n is 99. Ask for fewer."),
+        ("n is 99", "", "n is 99"),
+    ],
+)
+def test_others_clients_read_what_to_do_in_the_message(
+    message: str, remedy: str, said: str
+) -> None:
+    told = problems.body("c", message, remedy)
+    for path in ("/v1/completions", "/infill", "/v1/nothing"):
+        error = json.loads(problems.response(400, told, path=path).body)["error"]
+        assert (error["message"], error["remedy"]) == (said, remedy)
+    assert problems.as_ollama(told) == {"error": said}
+
+
 @pytest.mark.parametrize("quote", ["'", '"', "`"])
 def test_no_message_quotes_a_document(quote: str) -> None:
     document = "x" * 1000

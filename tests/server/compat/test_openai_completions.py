@@ -321,7 +321,7 @@ def test_a_failure_is_told(served: LiveServer, is_streamed: bool) -> None:
         assert got.status_code == 400
         frame = got.json()
     assert frame["error"]["code"] == "context_too_long"
-    assert frame["error"]["message"] == "too long"
+    assert frame["error"]["message"] == f"too long. {errors.ContextTooLong.remedy}"
 
 
 def test_the_second_prompt_may_find_it_busy(served: LiveServer) -> None:
