@@ -8,6 +8,7 @@ from typing import Literal, cast
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
+from infilld.engine.errors import UnknownId
 from infilld.server import wire
 from infilld.server.discovery import API
 from infilld.server.jobs import Jobs
@@ -51,22 +52,40 @@ def router(jobs: Jobs) -> APIRouter:
     @routes.get("/v1/models")
     async def models() -> dict[str, object]:
         """The configured model, in the shapes that clients of OpenAI and of llama.cpp expect."""
-        told = jobs.worker.describe()
-        known = facts(told)
-        entry = {
-            **told,
-            "id": known.name,
-            "object": "model",
-            "created": started,
-            "owned_by": "infilld",
-            "meta": {
-                "n_ctx_train": known.context_tokens,
-                "n_params": known.parameters,
-                "size": known.memory_bytes,
-            },
-        }
-        named = {"name": known.name, "model": known.name, "type": "model"}
+        entry = _entry(jobs, started)
+        named = {"name": entry["id"], "model": entry["id"], "type": "model"}
         listed = {**named, "capabilities": ["completion"], "details": {"family": FAMILY}}
         return {"object": "list", "data": [entry], "models": [listed]}
 
+    @routes.get("/v1/models/{model:path}", responses={404: {"model": wire.ErrorReply}})
+    async def one(model: str) -> dict[str, object]:
+        """The configured model, asked for by its name."""
+        entry = _entry(jobs, started)
+        if model != entry["id"]:
+            raise UnknownId(
+                f"the configured model is {entry['id']}",
+                remedy="Ask for this one; other routes take any name.",
+            )
+        return entry
+
     return routes
+
+
+def _entry(jobs: Jobs, started: int) -> dict[str, object]:
+    """The configured model, in the words of OpenAI, of llama.cpp and of Mistral."""
+    told = jobs.worker.describe()
+    known = facts(told)
+    return {
+        **told,
+        "id": known.name,
+        "object": "model",
+        "created": started,
+        "owned_by": "infilld",
+        "type": "base",
+        "capabilities": {"completion_fim": True, "completion_chat": True},
+        "meta": {
+            "n_ctx_train": known.context_tokens,
+            "n_params": known.parameters,
+            "size": known.memory_bytes,
+        },
+    }

@@ -46,6 +46,16 @@ def test_models_are_listed_for_openai_and_for_llama_cpp(shared: LiveServer) -> N
     assert (other["name"], other["capabilities"]) == ("fake", ["completion"])
 
 
+def test_a_model_is_told_by_its_name(shared: LiveServer) -> None:
+    headers = {"Authorization": f"Bearer {shared.token}"}
+    (entry,) = httpx.get(shared.url + "/v1/models", headers=headers).json()["data"]
+    assert httpx.get(shared.url + "/v1/models/fake", headers=headers).json() == entry
+    for other in ("gpt-4", "org/fake"):
+        got = httpx.get(f"{shared.url}/v1/models/{other}", headers=headers)
+        assert (got.status_code, got.json()["error"]["code"]) == (404, "unknown_id")
+        assert "the configured model is fake" in got.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("parameters", "size"),
     [(0, "0"), (999, "999"), (3_300_000, "3.3M"), (25_200_000_000, "25.2B")],
