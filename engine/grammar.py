@@ -260,12 +260,20 @@ def _remainders(value: Any) -> int:
     return int("".join(map(str, digits.digits)) + "0" * max(0, min(exponent, 9)))
 
 
+# What the compiler says of its own bounds names settings that nobody here can reach.
+_TOO_LARGE = ("limits.", "Too many items", "too many expressions")
+
+
 def _refusal(message: str) -> BadGrammar:
     if message.startswith("panic"):
         message = "it asks for what the compiler does not know"
+    elif message.startswith("NoExtensionBias"):
+        message = "no text matches it"
+    elif any(bound in message for bound in _TOO_LARGE):
+        message = "it is too large or too ambiguous to compile"
     return BadGrammar(f"the grammar cannot be served: {_one_line(message)}")
 
 
 def _one_line(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines)[:400]
+    return " ".join(lines).removesuffix(" <non-verbose/>")[:400]
