@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -86,7 +87,7 @@ class RemoteWorker:
         self._make_local, self._pace = make_local, pace or Pace()
         self._lock = threading.Lock()
         self._schedule = Schedule(MAX_LIVE)
-        self._tasks: dict[AnyJob, asyncio.Task[None]] = {}
+        self._tasks: dict[AnyJob, asyncio.Task[AnyResult | BaseException]] = {}
         self._tally = Tally()
         self._thread = threading.Thread(target=self._run, name="infilld-remote", daemon=True)
         self._began = threading.Event()
@@ -302,7 +303,9 @@ class RemoteWorker:
         with self._lock:
             begun = [] if self._closing else self._schedule.admit()
         for job in begun:
-            self._tasks[job] = asyncio.ensure_future(self._work(job))
+            task = self._tasks[job] = asyncio.ensure_future(self._outcome(job))
+            # A task that is cancelled before its first step does nothing at all.
+            task.add_done_callback(partial(self._ended, job))
 
     def _expire(self) -> None:
         with self._lock:
@@ -310,10 +313,18 @@ class RemoteWorker:
         for job in late:
             self._answer(job, _nothing(job, "deadline"))
 
-    async def _work(self, job: AnyJob) -> None:
-        """Answer a job; whatever goes wrong is its answer."""
+    def _ended(self, job: AnyJob, task: "asyncio.Task[AnyResult | BaseException]") -> None:
+        """A job's task is over: answer, and let others begin."""
+        outcome = _interrupted(job) if task.cancelled() else task.result()
+        self._tasks.pop(job, None)
+        with self._lock:
+            self._schedule.remove(job)
+        self._answer(job, outcome)
+        self._admit()
+
+    async def _outcome(self, job: AnyJob) -> AnyResult | BaseException:
+        """What a job ends with; whatever goes wrong is its answer."""
         begun_at = time.monotonic()
-        outcome: AnyResult | BaseException
         try:
             job.check()
             outcome = await self._route.answer(job, lambda local_id: self._known_as(job, local_id))
@@ -322,21 +333,16 @@ class RemoteWorker:
                 queue_ms=1e3 * (begun_at - job.arrived_at),
                 total_ms=1e3 * (time.monotonic() - job.arrived_at),
             )
-            outcome = replace(outcome, id=job.id, timings=timings)
+            return replace(outcome, id=job.id, timings=timings)
         except (asyncio.CancelledError, Superseded):
-            outcome = _interrupted(job)
+            return _interrupted(job)
         except TimeoutError:
-            outcome = _nothing(job, "deadline")
+            return _nothing(job, "deadline")
         except InfilldError as error:
-            outcome = error
+            return error
         except Exception as error:
             log.error("job %s failed", job.id, exc_info=error)
-            outcome = error
-        self._tasks.pop(job, None)
-        with self._lock:
-            self._schedule.remove(job)
-        self._answer(job, outcome)
-        self._admit()
+            return error
 
     # The answers.
 

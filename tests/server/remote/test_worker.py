@@ -541,6 +541,24 @@ class TestQueue:
         for job in (first, *others, later):
             assert job.future.result(20).reason == "ok"
 
+    def test_a_job_that_is_not_wanted_before_its_first_step_is_answered(
+        self, fake: FakeOpenAI, worker: RemoteWorker
+    ) -> None:
+        began, ends = threading.Event(), threading.Event()
+        worker._soon(lambda: began.wait(20))
+        job = worker.submit(gap(CODE))
+        worker._soon(lambda: ends.wait(20))
+        # It comes in the same turn of the loop, and sweeps.
+        other = worker.submit(gap(CODE))
+        began.set()
+        wait_until(lambda: worker.stats()["running"] == 2)
+        job.cancel()
+        ends.set()
+        with pytest.raises(Cancelled):
+            job.future.result(20)
+        assert other.future.result(20).reason == "ok"
+        assert worker.stats()["running"] == 0
+
     def test_closing_ends_what_is_open(self, fake: FakeOpenAI) -> None:
         with remote_worker(fake.url) as worker:
             fake.hold()
