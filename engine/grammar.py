@@ -32,12 +32,19 @@ _JSON_FORM = {
 _MOST_REMAINDERS = 10_000
 # What the compiler may spend: a schema of some thousand properties is beyond it.
 _MOST_SYMBOLS, _MOST_LEXER_STATES, _MOST_ITEMS = 30_000, 50_000, 10_000
+# The compiler calls itself once for each level of what nests or refers to another, and more of them
+# than these could take all of a thread's stack, which ends the process: at 8 MiB, twice as many do.
+_MOST_LEVELS = 800
 # Masks that are computed before a grammar is believed to be one.
 _PROBED_STEPS = 3
 _BYTES = 256
-# What in Lark is text, and what asks for a token by name or number outside of it.
-_LARK_TEXT = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/')
-_LARK_TOKEN = re.compile(r"<[^<>\s]+>")
+# Lark as the library reads it: text and comments, and what asks for a token by name or number.
+# It refuses text without an end.
+_LARK_PIECE = re.compile(
+    r'"(?:\\.|[^"\\\x00-\x1f])*"?|(?:#|//)[^\n]*|/(?:\\.|[^/\\])+/?|(?P<token><[^<>\s]+>)'
+)
+# A rule, a group, or a part of a schema begins.
+_LARK_LEVEL = re.compile(r"[:(\[{]")
 
 
 def refuse_bad(grammar: Grammar) -> None:
@@ -173,6 +180,7 @@ def _source(grammar: Grammar) -> str:
     if grammar.kind in ("json", "json_schema"):
         schema = {"type": "object"} if grammar.kind == "json" else _schema(grammar.text)
         options: Any = _JSON_FORM
+        _refuse_levels(_schema_levels(schema))
         try:
             return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
         except ValueError as error:
@@ -183,16 +191,53 @@ def _source(grammar: Grammar) -> str:
         return LLMatcher.grammar_from_regex(grammar.text)
     if grammar.kind == "lark":
         _refuse_tokens(grammar.text)
-        return LLMatcher.grammar_from_lark(grammar.text)
-    return LLMatcher.grammar_from_lark(_lark_of_gbnf(grammar.text))
+        return _of_lark(grammar.text)
+    # The translation takes a time that grows with the square of the rules.
+    _refuse_levels(grammar.text.count("::="))
+    return _of_lark(_lark_of_gbnf(grammar.text))
+
+
+def _of_lark(lark: str) -> str:
+    from llguidance import LLMatcher
+
+    _refuse_levels(len(_LARK_LEVEL.findall(_LARK_PIECE.sub("", lark))))
+    return LLMatcher.grammar_from_lark(lark)
+
+
+def _refuse_levels(levels: int) -> None:
+    if levels > _MOST_LEVELS:
+        raise BadGrammar(
+            f"the grammar has up to {levels} levels, {_MOST_LEVELS} fit",
+            remedy="Use fewer rules, or fewer references, that stand less deeply.",
+        )
+
+
+def _schema_levels(schema: Any) -> int:
+    """How deeply a schema may nest where every reference is followed once, at most."""
+    deepest = 0
+    # Containers between a definition and what in it refers to another.
+    levels: dict[str, int] = {}
+    open_values = [(schema, 1)]
+    while open_values:
+        value, depth = open_values.pop()
+        deepest = max(deepest, depth)
+        if isinstance(value, dict):
+            if isinstance(target := value.get("$ref"), str):
+                # The root and `$defs` are no part of a definition.
+                levels[target] = max(levels.get(target, 1), depth - 2)
+            open_values += [(each, depth + 1) for each in value.values()]
+        elif isinstance(value, list):
+            open_values += [(each, depth + 1) for each in value]
+    return deepest + sum(levels.values())
 
 
 def _refuse_tokens(lark: str) -> None:
     """Refuse what asks for tokens or bytes instead of text."""
     if "allow_invalid_utf8" in lark:
         raise BadGrammar("an answer is text: it cannot hold bytes that form no character")
-    if found := _LARK_TOKEN.search(_LARK_TEXT.sub("", lark)):
-        raise BadGrammar(f"{found[0]} asks for a token, not for text", remedy="Ask for its text.")
+    for found in _LARK_PIECE.finditer(lark):
+        if token := found["token"]:
+            raise BadGrammar(f"{token} asks for a token, not for text", remedy="Ask for its text.")
 
 
 # The translation keeps its place in the text, and a parser of Python may run out of stack.

@@ -3,6 +3,8 @@
 import itertools
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -86,6 +88,8 @@ def schema(content: Any) -> Grammar:
         (Grammar("lark", 'start: "a" <|eot|>'), "token"),
         (Grammar("lark", "start: <[12-20]>"), "token"),
         (Grammar("lark", '%llguidance {"allow_invalid_utf8": true}\nstart: "a"'), "character"),
+        (Grammar("lark", '# "\nstart: <|eot|> "a"\n# "'), "token"),
+        (Grammar("lark", 'start: /a\n/ <|eot|> "/"'), "token"),
         (Grammar("lark", 'start: "a" start'), "grammar"),
         (Grammar("gbnf", "root ::= root"), "no text matches it$"),
         (Grammar("regex", r"[^\s\S]"), "no text matches it$"),
@@ -104,9 +108,74 @@ def test_what_cannot_be_served_is_refused_by_name(grammar: Grammar, told: str) -
     assert len(str(caught.value)) < 600
 
 
+def referring(count: int, wrapped: Callable[[Any], Any]) -> Any:
+    """A schema whose definitions each refer to the next."""
+    chain = {f"a{n}": wrapped({"$ref": f"#/$defs/a{n + 1}"}) for n in range(count)}
+    return {"$defs": {**chain, f"a{count}": {"type": "string"}}, "$ref": "#/$defs/a0"}
+
+
+def ruled(count: int, rule: str, *, name: str = "r", kind: Any = "lark") -> Grammar:
+    """A grammar whose rules each are the next, as `rule` says."""
+    says, start = ("::=", "root") if kind == "gbnf" else (":", "start")
+    rules = [f"{name}{n}{says} " + rule.format(f"{name}{n + 1}") for n in range(count)]
+    return Grammar(kind, "\n".join([f"{start}{says} {name}0", *rules, f'{name}{count}{says} "a"']))
+
+
+def nested(count: int, content: Any) -> Any:
+    for _ in range(count):
+        content = {"items": content}
+    return content
+
+
 @pytest.mark.parametrize(
     "grammar",
     [
+        schema(referring(4000, lambda next_one: next_one)),
+        schema(referring(3000, lambda next_one: {"allOf": [next_one]})),
+        schema(referring(200, lambda next_one: nested(50, next_one))),
+        schema(nested(900, {})),
+        ruled(5000, "{}"),
+        ruled(5000, '{} "b"', name="T"),
+        ruled(800, "((((((((((((((((({})))))))))))))))))"),
+        ruled(5000, '{} # "'),
+        ruled(10000, "{}", kind="gbnf"),
+        Grammar("lark", f"start: %json {json.dumps(referring(4000, dict))}"),
+        Grammar("lark", 'start: "' + '\\"' * 120000),
+    ],
+    ids=lambda grammar: f"{grammar.kind} {grammar.text[:40]}",
+)
+def test_what_would_take_the_stack_of_a_thread_is_refused(grammar: Grammar) -> None:
+    """In a process of its own: it would be ended."""
+    code = (
+        "import sys, threading\n"
+        "from infilld.engine.errors import BadGrammar\n"
+        "from infilld.engine.grammar import refuse_bad\n"
+        "from infilld.engine.request import Grammar\n"
+        "def refused():\n"
+        "    try: refuse_bad(Grammar(sys.argv[1], sys.stdin.read()))\n"
+        "    except BadGrammar as error: print(error)\n"
+        "thread = threading.Thread(target=refused)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, grammar.kind],
+        input=grammar.text,
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        schema(referring(150, lambda next_one: {"properties": {"next": next_one}})),
+        ruled(300, '("(" {} ":")?'),
+        ruled(300, '("(" {})?', kind="gbnf"),
         Grammar("json"),
         schema(True),
         schema({}),
