@@ -13,6 +13,8 @@ from infilld.engine.errors import InfilldError, Unavailable
 _MOST_QUOTED_CHARS = 200
 # So many letters and digits in a row that the request has too are source text, not words.
 _COPIED_CHARS = 12
+# A key with so many of them beside it, as it stands in the request, is quoted, not spoken of.
+_BESIDE_CHARS = 6
 _TOO_LONG = re.compile(
     r"context.?length|context.?window|context.?size|too.long|too.large|maximum.{0,40}tokens"
     r"|exceeds? .{0,40}(context|tokens|length)|longer than",
@@ -62,10 +64,29 @@ def refusal(
         status, body: of the answer. sent: the request. optional: keys that it can do without.
     """
     raw = message_of(body)
-    names = [name for name in optional if name in sent and name in raw]
+    request = _bare(json.dumps(sent, ensure_ascii=False))
+    names = [name for name in optional if name in sent and _speaks_of(name, raw, request)]
     # Some say it in a code beside the message.
     is_too_long = bool(_TOO_LONG.search(body.decode("utf-8", errors="replace")))
     return Refused(status, _code(body), quoted(raw, sent), names, is_too_long)
+
+
+def _speaks_of(name: str, raw: str, request: str) -> bool:
+    """Whether words of a service name a key anywhere but in a piece of the request.
+
+    Args:
+        name: of the key. raw: the words. request: its letters and digits.
+    """
+    far, key = 4 * _BESIDE_CHARS, _bare(name)
+    for found in re.finditer(rf"(?<!\w){name}(?!\w)", raw):
+        before = _bare(raw[max(0, found.start() - far) : found.start()])[-_BESIDE_CHARS:]
+        behind = _bare(raw[found.end() : found.end() + far])[:_BESIDE_CHARS]
+        is_quoted = (len(before) == _BESIDE_CHARS and before + key in request) or (
+            len(behind) == _BESIDE_CHARS and key + behind in request
+        )
+        if not is_quoted:
+            return True
+    return False
 
 
 def quoted(raw: str, sent: Mapping[str, Any]) -> str:

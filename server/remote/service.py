@@ -168,16 +168,18 @@ class Service:
             Unreachable, KeyRefused. Refused: this request, and not for an optional key.
         """
         asked = body | {"stream": True, "stream_options": {"include_usage": True}}
-        for _ in range(len(OPTIONAL) + 1):
-            sent = {name: value for name, value in asked.items() if name not in self._unknown}
+        sent = {name: value for name, value in asked.items() if name not in self._unknown}
+        while True:
             try:
-                return await self._chat(sent, on_text)
+                replied = await self._chat(sent, on_text)
             except Refused as error:
-                news = set(error.names) - self._unknown
-                if not news or error.status not in (400, 422) or error.is_too_long:
+                if not error.names or error.status not in (400, 422) or error.is_too_long:
                     raise
-                self._unknown |= news
-        raise Unreachable("it refuses every form of a request")
+                sent = {name: value for name, value in sent.items() if name not in error.names}
+            else:
+                # Before it is taken without them, nothing shows that they were the trouble.
+                self._unknown |= asked.keys() - sent.keys()
+                return replied
 
     async def _chat(
         self, sent: dict[str, Any], on_text: Callable[[Replied], None] | None

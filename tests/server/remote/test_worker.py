@@ -389,6 +389,34 @@ class TestRefusals:
         assert texts(filled(worker, gap(CODE))) == ["a + b"]
         assert len(fake.asked) == 4
 
+    @pytest.mark.parametrize(
+        "error",
+        [
+            "Bad character in 'np.random.seed(3)\\nlogprobs = temperature'",
+            'in the body: {"temperature": 0, "seed": 3, "logprobs": true, "stream": true}',
+            "random_seed, or `seeds`, are none of the temperatures",
+        ],
+    )
+    def test_a_refusal_that_quotes_the_source_names_no_key(
+        self, fake: FakeOpenAI, worker: RemoteWorker, error: str
+    ) -> None:
+        code = "np.random.seed(3)\nlogprobs = temperature\n|\n"
+        fake.script = Reply(status=400, error=error)
+        with pytest.raises(RequestError):
+            filled(worker, gap(code, seed=3))
+        assert len(fake.asked) == 1
+
+    def test_what_is_refused_without_a_key_too_says_nothing_of_the_key(
+        self, fake: FakeOpenAI, worker: RemoteWorker
+    ) -> None:
+        fake.script = Reply(status=422, error="logprobs: the document is unreadable")
+        with pytest.raises(RequestError):
+            filled(worker, gap(CODE))
+        assert ["logprobs" in each for each in fake.asked] == [True, False]
+        fake.script = Reply(texts=[SUM])
+        assert texts(filled(worker, gap(CODE))) == ["a + b"]
+        assert "logprobs" in fake.asked[-1]
+
     def test_a_prompt_that_is_too_long_is_halved(
         self, fake: FakeOpenAI, worker: RemoteWorker
     ) -> None:
