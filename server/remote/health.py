@@ -21,13 +21,14 @@ _NAMED = 5
 class Pace:
     """Seconds between looks: while it is well; while it is not, the first and the longest pause.
 
-    `patience_s` is how long a look may take.
+    `patience_s` is how long a look may take. `doubt_s`: who waits so long has it looked at.
     """
 
     well_s: float = 30.0
     first_s: float = 1.0
     most_s: float = 30.0
     patience_s: float = 10.0
+    doubt_s: float = 5.0
 
 
 class Health:
@@ -50,7 +51,7 @@ class Health:
         self.recovered = self.failed = 0
         self.up_since = 0.0
         self._service, self._url, self._wanted, self._pace = service, url, wanted, pace
-        self._wake = asyncio.Event()
+        self._wake, self._went_down = asyncio.Event(), asyncio.Event()
         self._pause_s = pace.first_s
         self._looked_at = 0.0
 
@@ -77,6 +78,19 @@ class Health:
         """Somebody asks while it is down: look soon, though not at every request."""
         if not self.is_up and time.monotonic() - self._looked_at >= self._pace.first_s:
             self._wake.set()
+
+    def doubt(self) -> None:
+        """A request waits in vain: look, though not again at once."""
+        if time.monotonic() - self._looked_at >= self._pace.patience_s:
+            self._wake.set()
+
+    async def gone(self) -> None:
+        """Wait until it is found to be down, and have it looked at: it may hang."""
+        while not self._went_down.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._pace.doubt_s):
+                    await self._went_down.wait()
+            self.doubt()
 
     async def look(self) -> None:
         """Look once."""
@@ -124,6 +138,7 @@ class Health:
             self.up_since = time.monotonic()
             log.info("the remote engine at %s answers with %s", self._url, model.name)
         self.is_up, self.problem, self.model = True, None, model
+        self._went_down.clear()
         self._pause_s = self._pace.first_s
 
     def _set_down(self, problem: InfilldError) -> None:
@@ -131,3 +146,4 @@ class Health:
             self.failed += 1
             log.warning("%s", problem)
         self.is_up, self.problem = False, problem
+        self._went_down.set()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from infilld.engine.conversation import ChatRequest
 from infilld.engine.errors import InfilldError, Unavailable
-from infilld.engine.scheduler import AnyJob, AnyResult
+from infilld.engine.scheduler import AnyJob, AnyResult, OnCanvas
 from infilld.server.remote.asking import Remote
 from infilld.server.remote.faults import KeyRefused, Unreachable, down, key_refused
 from infilld.server.remote.forwarding import Forwarding
@@ -13,10 +13,13 @@ from infilld.server.remote.health import Health
 from infilld.server.remote.infilling import Infilling
 from infilld.server.remote.standby import Standby
 from infilld.server.remote.talking import Talking
+from infilld.server.remote.telling import Telling
 
 # Without a deadline of its own a request is given up after so long.
 LONGEST_S = 120.0
 _ATTEMPTS = 2
+
+_Work = Forwarding | Infilling | Talking
 
 
 class Route:
@@ -48,14 +51,17 @@ class Route:
             struck before the local model was loaded.
         """
         problem = self._health.problem
+        telling = None if job.on_canvas is None else Telling(job.on_canvas)
         for attempt in range(_ATTEMPTS):
             if not self._health.is_up:
                 break
-            found = await self._attempted(job, is_last=attempt + 1 == _ATTEMPTS)
+            found = await self._attempted(job, telling, is_last=attempt + 1 == _ATTEMPTS)
             if not isinstance(found, _Failed):
                 self._count("remote")
                 return found
             problem = found.problem
+            if telling is not None:
+                telling.begin_anew()
             if found.is_final:
                 raise problem
             if not found.may_retry:
@@ -63,17 +69,19 @@ class Route:
             self._count("retries")
         if self._standby is None:
             raise problem or down(self._remote.url, "it went away")
-        result = await self._standby.answer(job, known_as)
+        result = await self._standby.answer(job, telling, known_as)
         self._count("local")
         return result
 
-    async def _attempted(self, job: AnyJob, *, is_last: bool) -> "AnyResult | _Failed":
+    async def _attempted(
+        self, job: AnyJob, on_canvas: OnCanvas | None, *, is_last: bool
+    ) -> "AnyResult | _Failed":
         """Ask the service; what comes of it is known of its health, too."""
-        work = self._begun(job)
+        work = self._begun(job, on_canvas)
         url = self._remote.url
         try:
             async with asyncio.timeout(LONGEST_S if job.deadline_at is None else None):
-                return await work.answer()
+                result = await self._unless_gone(work)
         except TimeoutError:
             raise Unavailable(
                 f"the remote engine at {url} did not answer within {LONGEST_S:g} s",
@@ -91,15 +99,36 @@ class Route:
             # A text that somebody reads already is not taken back.
             is_final = isinstance(work, Talking) and work.has_spoken
             return _Failed(problem, may_retry=may_retry, is_final=is_final)
+        if result is None:
+            return _Failed(self._health.problem or down(url, "it went away"), may_retry=False)
+        if result.reason == "deadline":
+            self._health.doubt()
+        return result
 
-    def _begun(self, job: AnyJob) -> Forwarding | Infilling | Talking:
+    async def _unless_gone(self, work: _Work) -> AnyResult | None:
+        """The answer; None: the service is found to be down, and the local model can answer."""
+        if self._standby is None:
+            return await work.answer()
+        answer: asyncio.Future[AnyResult] = asyncio.ensure_future(work.answer())
+        gone = asyncio.ensure_future(self._health.gone())
+        try:
+            await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done() and not (isinstance(work, Talking) and work.has_spoken):
+                return None
+            return await answer
+        finally:
+            answer.cancel()
+            gone.cancel()
+            await asyncio.gather(answer, gone, return_exceptions=True)
+
+    def _begun(self, job: AnyJob) -> _Work:
         request = job.request
         if isinstance(request, ChatRequest):
-            return Talking(self._remote, request, job.id, job.deadline_at, job.on_canvas)
+            return Talking(self._remote, request, job.id, job.deadline_at, on_canvas)
         # Its own route has no grammars.
         if self._remote.is_infilld and request.grammar is None:
-            return Forwarding(self._remote, request, job.id, job.deadline_at, job.on_canvas)
-        return Infilling(self._remote, request, job.id, job.deadline_at, job.on_canvas)
+            return Forwarding(self._remote, request, job.id, job.deadline_at, on_canvas)
+        return Infilling(self._remote, request, job.id, job.deadline_at, on_canvas)
 
 
 class _Failed:

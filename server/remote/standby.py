@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError
 from dataclasses import replace
 
 from infilld.engine.errors import Cancelled
-from infilld.engine.scheduler import AnyJob, AnyResult
+from infilld.engine.scheduler import AnyJob, AnyResult, OnCanvas
 from infilld.server.jobs import Job, Worker
 
 log = logging.getLogger(__name__)
@@ -33,11 +33,14 @@ class Standby:
         self.is_used = False
         self._make, self._making = make, asyncio.Lock()
 
-    async def answer(self, job: AnyJob, tell_id: Callable[[str], None]) -> AnyResult:
+    async def answer(
+        self, job: AnyJob, on_canvas: OnCanvas | None, tell_id: Callable[[str], None]
+    ) -> AnyResult:
         """The local model's answer to a job; waits until it is loaded.
 
         Args:
-            job: whose deadline goes on. tell_id: gets the id under which it is known there.
+            job: whose deadline goes on. on_canvas: gets its updates, on the local worker's thread.
+            tell_id: gets the id under which it is known there.
 
         Raises:
             InfilldError: as the local worker's `submit` and its jobs do. TimeoutError: the
@@ -50,7 +53,7 @@ class Standby:
         request = job.request
         if left_s is not None:
             request = replace(request, deadline_ms=max(1.0, 1e3 * left_s))
-        local = worker.submit(request, job.on_canvas)
+        local = worker.submit(request, on_canvas)
         tell_id(local.id)
         return await _result_of(local)
 

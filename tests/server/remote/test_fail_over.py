@@ -233,6 +233,22 @@ class TestFailOver:
         assert found <= {"local", "a + b"}
         assert "local" in found
 
+    def test_a_server_that_hangs_is_found_out_while_a_request_waits(self, fake: FakeOpenAI) -> None:
+        local = FakeWorker(Script(texts=["local"]))
+        # It is not looked at but where somebody waits.
+        pace = Pace(well_s=60, first_s=0.02, patience_s=0.3, doubt_s=0.05)
+        with remote_worker(fake.url, lambda: local, pace=pace, fail_over=True) as worker:
+            fake.hold()
+            job = worker.submit(gap(CODE))
+            fake.wait_for(lambda: len(fake.asked) == 1)
+            looks = fake.paths.count("/v1/models")
+            wait_until(lambda: fake.paths.count("/v1/models") > looks)
+            # A server that is merely slow is waited for.
+            assert not job.future.done()
+            fake.models_reply = Reply(status=503, error="nobody is here")
+            assert job.future.result(20).alternatives[0].spans[0].text == "local"
+            wait_until(lambda: fake.dropped == 1)
+
     def test_feedback_reaches_whoever_answered(self, fake: FakeOpenAI) -> None:
         local = FakeWorker()
         with remote_worker(fake.url, lambda: local, fail_over=True) as worker:
