@@ -134,8 +134,9 @@ class ConstrainedFiller:
         return ConstrainedFill(result, usage, max(each.encode_s for each in writers))
 
     def _ends(self, prompt: InfillPrompt) -> frozenset[int]:
-        filler = () if self._filler is None else (self._filler,)
-        return frozenset((*prompt.ends, *filler))
+        """Tokens that end a text; a fence, which ends other fills, may be part of it."""
+        ends = prompt.ends if self._filler is None else (*prompt.ends, self._filler)
+        return frozenset(end for end in ends if not self._tokens.spelled[end])
 
     def _judged(
         self, writers: Sequence[Writer], ids: Sequence[int], hooks: "Hooks"

@@ -97,9 +97,9 @@ class GuidedText:
         """Write what must follow."""
         before = len(self.tokens)
         while not self.is_over and (forced := self.text.forced()):
-            for token in forced:
-                if self.is_over or not self.take(token):
-                    break
+            # An end that spells text may be forced as text: it is none.
+            if not all(self.is_over or self.take(token) for token in forced):
+                break
         self._look_for_the_end()
         return self.tokens[before:]
 
@@ -199,7 +199,10 @@ class _Walk:
                     continue
                 # What stands behind was believed behind another text.
                 return
-            if is_decided:
+            if is_decided and at == first and was_masked:
+                # Not even what the mask leaves can be written.
+                self.guided.is_stuck = True
+            elif is_decided:
                 self._mend(at, chance, top)
             return
 
@@ -208,17 +211,15 @@ class _Walk:
         tokens: list[int] = top.ids[0, at].tolist()
         probabilities: list[float] = top.probabilities[0, at].tolist()
         found = best_allowed(self.guided.text, tokens, probabilities, chance * _PLAUSIBLE)
-        if found is None:
+        if found is None or not self.guided.take(found):
             self._mask()
         else:
-            self.guided.take(found)
             self.guided.force()
 
     def _mask(self) -> None:
         allowed = torch.from_numpy(self.guided.text.allowed())
-        if self.guided.text.can_end:
-            allowed[sorted(self.guided.ends)] = True
-        elif not bool(allowed.any()):
+        allowed[sorted(self.guided.ends)] = self.guided.text.can_end
+        if not bool(allowed.any()):
             # No token of this vocabulary goes on.
             self.guided.is_stuck = True
         self.allowed = allowed

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from infilld.engine.grammar import MAX_GRAMMAR_BYTES, refuse_bad
 from infilld.engine.guided import GuidedText, guided_denoising
 from infilld.engine.infill import Hooks, Infiller
 from infilld.engine.loading import load_infiller, starter_folder
-from infilld.engine.matching import GrammarTokens
+from infilld.engine.matching import GrammarTokens, Matching
 from infilld.engine.passes import drive
 from infilld.engine.plan import FillMethod
 from infilld.engine.prompt import EOS
@@ -196,10 +196,15 @@ def test_what_can_be_served_is_not_refused(grammar: Grammar) -> None:
 
 
 def written(
-    grammar: Grammar, says: Sequence[str], *, chance: float = 0.99, max_tokens: int = 128
+    grammar: Grammar,
+    says: Sequence[str],
+    *,
+    chance: float = 0.99,
+    max_tokens: int = 128,
+    ends: Iterable[int] = (END or 0,),
 ) -> tuple[GuidedText, int, str]:
     """A text whose model believes `says` in turn, one in each pass; passes; the text."""
-    guided = GuidedText(TOKENS.start(grammar), frozenset({END or 0}), max_tokens)
+    guided = GuidedText(TOKENS.start(grammar), frozenset(ends), max_tokens)
     draws = SeededDraws(0)
     vocab, length = TOKENIZER.vocab_tokens, 128
     begun = len(guided.tokens)
@@ -236,6 +241,7 @@ def written(
                 belief=Belief(ids=top.indices, probabilities=top.values),
             )
             passes += 1
+            assert passes < 100, "it goes on for ever"
             (asked,) = work.send([reading])
     except StopIteration:
         pass
@@ -527,6 +533,62 @@ def test_a_gap_whose_deadline_strikes_stays_empty(random_engine: Infiller) -> No
     result = random_engine.infill(request, Hooks(deadline_at=time.monotonic() - 1))
     assert (result.alternatives, result.reason) == ((), "deadline")
     assert result.usage.passes == 0
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails what would go on for ever."""
+    forced, calls = Matching.forced, itertools.count()
+
+    def counted(text: Matching) -> list[int]:
+        assert next(calls) < 2000, "it goes on for ever"
+        return forced(text)
+
+    monkeypatch.setattr(Matching, "forced", counted)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("pattern", ["```[a-z]{1,5}", "[`]{3}x", "[a-z`]{8}"])
+def test_a_fence_in_a_gap_is_text_where_a_grammar_says_so(pattern: str) -> None:
+    """It is a token that ends every other fill."""
+    tokenizer = chat_tokenizer(words=("```",))
+    assert len(tokenizer.encode("```")) == 1
+    model = tiny_model(tiny_config(tokenizer.vocab_tokens, canvas_tokens=32))
+    sampler = replace(SamplerConfig(), max_steps=2)
+    layout = ChatLayout(tokenizer, chat_template())
+    engine = Infiller(model, tokenizer, sampler, FillMethod(holds_back=False), layout=layout)
+    calls = itertools.count()
+
+    def check() -> None:
+        assert next(calls) < 200, "it goes on for ever"
+
+    request = InfillRequest(
+        text=TEXT, spans=(Span(AT, AT),), seed=1, grammar=Grammar("regex", pattern)
+    )
+    result = engine.infill(request, Hooks(check=check))
+    assert result.reason == "ok"
+    assert re.fullmatch(pattern, result.alternatives[0].spans[0].text)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_end_that_spells_text_is_never_taken_for_text() -> None:
+    """Such an end comes from a generation configuration."""
+    (end,) = TOKENIZER.encode("`")
+    guided = GuidedText(TOKENS.start(Grammar("regex", "`[a-z]+")), frozenset({end}), 20)
+    assert (guided.tokens, guided.is_over) == ([], False)
+    guided, passes, text = written(Grammar("regex", "[`ab]{3}c"), ["`a`c"], ends={end})
+    assert re.fullmatch("[ab]{3}c", text)
+    assert passes < 9
+    # No other token spells it.
+    guided, passes, _ = written(Grammar("regex", "`[`a]c"), ["``c"], ends={end})
+    assert (guided.is_stuck, guided.is_ended) == (True, False)
+    assert passes < 9
+
+
+def test_a_text_that_cannot_go_on_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Matching, "accept", lambda text, token: False)
+    guided, passes, _ = written(Grammar("regex", "[a-z]+"), ["a"], ends=())
+    assert (guided.is_stuck, passes) == (True, 2)
 
 
 def test_a_grammar_does_not_keep_a_prompt_from_being_warmed(random_engine: Infiller) -> None:
