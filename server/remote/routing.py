@@ -121,7 +121,7 @@ class Route:
             gone.cancel()
             await asyncio.gather(answer, gone, return_exceptions=True)
 
-    def _begun(self, job: AnyJob) -> _Work:
+    def _begun(self, job: AnyJob, on_canvas: OnCanvas | None) -> _Work:
         request = job.request
         if isinstance(request, ChatRequest):
             return Talking(self._remote, request, job.id, job.deadline_at, on_canvas)

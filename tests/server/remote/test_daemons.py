@@ -11,11 +11,11 @@ import pytest
 from fake_openai import FakeOpenAI, Reply
 from fake_worker import FakeWorker, Script
 from live_server import serving
-from remote_at_work import QUICK, wait_until
+from remote_at_work import QUICK, remote_worker, wait_until
 
 from infilld.engine.conversation import ChatRequest
-from infilld.engine.errors import ContextTooLong, InfilldError, Unsupported
-from infilld.engine.request import InfillRequest
+from infilld.engine.errors import ContextTooLong, InfilldError, Unavailable, Unsupported
+from infilld.engine.request import CanvasUpdate, InfillRequest, Span
 from infilld.server import cli, wire
 from infilld.server.client import Client, ServerProblem
 from infilld.server.discovery import Daemon
@@ -210,6 +210,23 @@ def test_the_local_model_answers_while_the_other_daemon_is_gone(tmp_path: Path) 
         with serving(there, team_worker()):
             wait_until(lambda: remote.describe()["engine"] == "remote")
             assert infill(own).choices[0].spans[0].text == "a + b"
+
+
+def test_updates_of_several_attempts_are_one_row(
+    team: tuple[Daemon, FakeWorker], tmp_path: Path
+) -> None:
+    found, worker = team
+    worker.script = Script(error=Unavailable("the device is gone"))
+    key = tmp_path / "team" / "token"
+    updates: list[CanvasUpdate] = []
+    with remote_worker(found.url, local_worker, engine_key_file=key, fail_over=True) as own:
+        span = Span(26, 26)
+        result = own.submit(InfillRequest(text=CODE, spans=(span,)), updates.append).future
+        assert result.result(20).alternatives[0].spans[0].text == "local"
+    assert len(worker.jobs) == 2
+    assert [each.seq for each in updates] == list(range(6))
+    assert all(each.spans[0].settled for each in updates[::2])
+    assert [each.revised for each in updates] == [False, False, True, False, True, False]
 
 
 def test_a_client_that_leaves_here_is_gone_there(
