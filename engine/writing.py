@@ -148,11 +148,16 @@ class Writer:
         self._tell()
 
     def _thoughts_of(self, tokens: list[int]) -> list[int]:
-        """Tokens up to the end of the thoughts: what follows is not free; none without thoughts."""
+        """Tokens up to the end of the thoughts: what follows is not free; none without thoughts.
+
+        A model that ends its turn within them has ended them: it owes the answer.
+        """
         marks = self.prompt.marks
         if marks is None or not (self.transcript.is_thinking or tokens[:1] == [marks.start]):
             return []
-        return tokens[: tokens.index(marks.end) + 1] if marks.end in tokens else tokens
+        ends = self.prompt.ends | {marks.end}
+        end = next((at for at, token in enumerate(tokens) if token in ends), None)
+        return tokens if end is None else [*tokens[:end], marks.end]
 
     def _guided_canvas(self, grammar: Matching) -> Work[None]:
         """One canvas more of a text under a grammar."""

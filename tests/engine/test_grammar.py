@@ -16,7 +16,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tiny_infill import byte_tokenizer, tiny_config, tiny_infiller, tiny_model
-from tiny_tokenizers import CHANNEL, CHANNEL_END, chat_template, chat_tokenizer
+from tiny_tokenizers import CHANNEL, CHANNEL_END, TURN_END, chat_template, chat_tokenizer
 
 from infilld.engine.chat_prompt import ChatLayout
 from infilld.engine.config import SamplerConfig
@@ -446,7 +446,9 @@ def test_a_bad_grammar_costs_no_pass(random_engine: Infiller) -> None:
         )
 
 
-def test_thoughts_are_free_before_a_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end", [CHANNEL_END, TURN_END])
+def test_thoughts_are_free_before_a_grammar(monkeypatch: pytest.MonkeyPatch, end: int) -> None:
+    """A model that ends its turn within them owes the answer."""
     tokenizer = chat_tokenizer()
     model = tiny_model(tiny_config(tokenizer.vocab_tokens, canvas_tokens=32))
     layout = ChatLayout(tokenizer, chat_template())
@@ -454,7 +456,7 @@ def test_thoughts_are_free_before_a_grammar(monkeypatch: pytest.MonkeyPatch) -> 
     from infilld.engine import writing
 
     plain: Callable[..., Any] = writing.denoising
-    thought = [CHANNEL, *tokenizer.encode("thought\nhm"), CHANNEL_END]
+    thought = [CHANNEL, *tokenizer.encode("thought\nhm"), end]
 
     def scripted(*rest: Any, **more: Any):
         denoised = yield from plain(*rest, **more)
@@ -463,7 +465,7 @@ def test_thoughts_are_free_before_a_grammar(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(writing, "denoising", scripted)
     answer, _, _ = answered(engine, Grammar("regex", "yes|no"), think=True)
-    assert answer.thoughts == "hm"
+    assert (answer.thoughts, answer.finish) == ("hm", "stop")
     assert answer.text in ("yes", "no")
 
 
