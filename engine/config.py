@@ -45,6 +45,7 @@ _AT_LEAST_ONE = (
 _MOST_LAYERS = 10_000
 # What reading a value of the wrong kind raises.
 _MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError)
+_WHICH_FOLDER = "Give the folder of a checkpoint, with all files of it."
 _GLOBAL_HEAD_SIZE = 512
 _SLIDING_PER_FULL = 5
 _ROPE_DEFAULTS: dict[LayerKind, dict[str, Any]] = {
@@ -288,9 +289,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """
     path = folder / name
     if not folder.is_dir():
-        raise CheckpointMissing(f"no model folder at {folder}")
+        raise CheckpointMissing(f"no model folder at {folder}", remedy=_WHICH_FOLDER)
     if not path.is_file():
-        raise CheckpointMissing(f"{folder} holds no {name}")
+        raise CheckpointMissing(f"{folder} holds no {name}", remedy=_WHICH_FOLDER)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:

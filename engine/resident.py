@@ -210,7 +210,7 @@ class Resident:
         with self._lock:
             if failure is not None:
                 log.warning("%s stays: %s", self.name, failure)
-                self.switch_failure = ". ".join(filter(None, (str(failure), failure.remedy)))
+                self.switch_failure = _with_remedy(failure)
             never_came = self.failure
             if never_came is not None:
                 self.state = "failed"
@@ -241,9 +241,11 @@ class Resident:
         try:
             engine = load_infiller(folder, self._device, self._limits)
             self._load_s = time.monotonic() - begun
+            log.info("%s is loaded, %.1f s", folder, self._load_s)
             return engine
         except Exception as found:
             error = _said(folder, found)
+        log.error("%s is not loaded: %s", folder, _with_remedy(error))
         # The frames that failed are gone, and the weights that they held.
         free_memory()
         return error
@@ -260,6 +262,10 @@ def _said(folder: Path, found: Exception) -> InfilldError:
         return found
     log.error("loading %s failed", folder, exc_info=found)
     return ModelError(f"{folder}: {type(found).__name__}: {found}")
+
+
+def _with_remedy(error: InfilldError) -> str:
+    return ". ".join(filter(None, (str(error), error.remedy)))
 
 
 def _about(engine: Infiller) -> dict[str, object]:

@@ -269,7 +269,7 @@ class TestFiles:
     def test_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointMissing, match=r"no model folder at .*nowhere") as caught:
             ModelConfig.from_folder(tmp_path / "nowhere")
-        assert caught.value.remedy
+        assert caught.value.remedy.startswith("Give the folder of a checkpoint")
 
     def test_folder_is_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()

@@ -102,14 +102,17 @@ def test_closing_while_the_model_is_loaded_again_answers_at_once(
 
 
 def test_a_model_that_cannot_be_loaded_again_is_tried_at_the_next_request(
-    idler: Worker, loads: Loads
+    idler: Worker, loads: Loads, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     loads.failures["tiny"] = NotEnoughMemory("somebody else has it")
     loads.open.set()
     with pytest.raises(NotEnoughMemory):
         idler.submit(request()).future.result(WAIT_S)
+    assert f"tiny is not loaded: somebody else has it. {NotEnoughMemory.remedy}" in caplog.messages
     loads.failures.clear()
     assert idler.submit(request()).future.result(WAIT_S).reason in ("ok", "empty")
+    assert caplog.messages[-1].startswith("tiny is loaded, ")
 
 
 def test_only_large_models_of_a_gpu_are_dropped_unless_told() -> None:
