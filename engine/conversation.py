@@ -21,6 +21,7 @@ Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "length", "deadline"]
 
 MAX_MESSAGES = 4096
+MAX_STOPS, MAX_STOP_CHARS = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,16 @@ class ChatRequest:
             )
         for number, message in enumerate(self.messages):
             _refuse_lone_surrogates(message.content, f"message {number}")
+        if len(self.stop) > MAX_STOPS:
+            raise UnknownOption(
+                f"{len(self.stop)} stops", remedy=f"Give at most {MAX_STOPS} stop texts."
+            )
         for number, text in enumerate(self.stop):
+            if len(text) > MAX_STOP_CHARS:
+                raise UnknownOption(
+                    f"stop {number} has {len(text)} characters",
+                    remedy=f"A stop text has at most {MAX_STOP_CHARS} characters.",
+                )
             _refuse_lone_surrogates(text, f"stop {number}")
             if not text:
                 raise UnknownOption(f"stop {number} is empty", remedy="Leave it out.")

@@ -31,6 +31,7 @@ class Transcript:
         self._stop, self._max_tokens = tuple(stop), max_tokens
         self._answer, self._thoughts = b"", b""
         self._cut: int | None = None
+        self._longest_stop, self._searched_chars = max(map(len, self._stop), default=0), 0
         self._has_name = prompt.is_named
         self.is_thinking = prompt.is_thinking
         self.finish: Finish | None = None
@@ -108,7 +109,10 @@ class Transcript:
         if not self._stop or len(self._answer) == before:
             return
         text = self._answer.decode(errors="ignore")
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        # A stop text that ends in what is new begins no further before it.
+        first = max(0, self._searched_chars - self._longest_stop + 1)
+        self._searched_chars = len(text)
+        found = [at for at in (text.find(stop, first) for stop in self._stop) if at >= 0]
         if found:
             self._cut, self.finish = min(found), "stop"
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_infill import tiny_config, tiny_infiller, tiny_model
 from tiny_tokenizers import (
     CHANNEL,
@@ -23,7 +25,13 @@ from infilld.engine.chat import ChatTemplate
 from infilld.engine.chat_prompt import ChatLayout
 from infilld.engine.config import SamplerConfig
 from infilld.engine.conversation import ChatRequest, ChatResult, ChatUpdate, Message, Role
-from infilld.engine.errors import Cancelled, ContextTooLong, RequestError, Unsupported
+from infilld.engine.errors import (
+    Cancelled,
+    ContextTooLong,
+    RequestError,
+    UnknownOption,
+    Unsupported,
+)
 from infilld.engine.infill import Hooks, Infiller
 from infilld.engine.passes import drive
 from infilld.engine.sampler import denoising
@@ -149,6 +157,41 @@ def test_the_earliest_stop_text_counts() -> None:
     transcript = Transcript(TOKENIZER, prompt, stop=("cd", "bcx", "b"))
     transcript.add(TOKENIZER.encode("abcd"))
     assert (transcript.text, transcript.finish) == ("a", "stop")
+
+
+@given(
+    answer=st.text("abé", max_size=24),
+    stops=st.lists(st.text("abé", min_size=1, max_size=5), max_size=4),
+    lengths=st.lists(st.integers(1, 7), min_size=30, max_size=30),
+)
+@settings(deadline=None, derandomize=True, database=None)
+def test_stop_texts_are_found_as_if_all_was_looked_at(
+    answer: str, stops: list[str], lengths: list[int]
+) -> None:
+    transcript = Transcript(TOKENIZER, TurnPrompt(ids=(1,), ends=frozenset()), stops)
+    tokens, shown = TOKENIZER.encode(answer), ""
+    for length in lengths:
+        transcript.add(tokens[:length])
+        del tokens[:length]
+        assert transcript.text.startswith(shown)
+        shown = transcript.text
+        whole = transcript.whole
+        if transcript.finish is None:
+            begun = [n for n in range(len(whole)) for stop in stops if stop.startswith(whole[n:])]
+            assert shown == whole[: min(begun, default=len(whole))]
+    cuts = [at for at in (answer.find(stop) for stop in stops) if at >= 0]
+    # The stop text that ends first ends it; others may have begun before.
+    assert (transcript.finish == "stop") == bool(cuts)
+    if not cuts:
+        assert transcript.whole == answer
+
+
+def test_stop_texts_are_few_and_short() -> None:
+    assert len(asked(stop=("x" * 1024,) * 64).stop) == 64
+    with pytest.raises(UnknownOption, match="65 stops"):
+        asked(stop=("x",) * 65)
+    with pytest.raises(UnknownOption, match="stop 1 has 1025 characters"):
+        asked(stop=("x", "y" * 1025))
 
 
 def test_thoughts_are_kept_apart(engine: Infiller, writes: Callable[..., list[int]]) -> None:
