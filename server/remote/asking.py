@@ -20,6 +20,8 @@ from infilld.server.remote.judging import CHARS_PER_TOKEN
 from infilld.server.remote.service import Replied, Service
 
 MAX_LIVE = 8
+# A request without a deadline is given up where nothing comes for so long.
+SILENCE_S = 120.0
 # Longer prompts say little more about a gap, and cost every first request.
 _MOST_PROMPT_CHARS = 32_768
 _LEAST_PROMPT_CHARS = 2_048
@@ -77,9 +79,12 @@ class Remote:
         grammar: Grammar | None = None,
         stop: tuple[str, ...] = (),
         with_scores: bool = False,
+        has_deadline: bool = False,
         on_text: OnText | None = None,
     ) -> Replied:
         """Ask once; waits while others are being answered.
+
+        With a deadline the caller gives up; else this does after a long silence.
 
         Raises:
             Refused: as it is. Unreachable, KeyRefused: nobody answered.
@@ -105,14 +110,18 @@ class Remote:
         if grammar is not None:
             body |= _shape(grammar)
         async with self._places:
-            return await self._service.chat(body, on_text)
+            return await self._service.chat(body, on_text, _patience_s(has_deadline))
 
     async def forward(
-        self, body: dict[str, Any], on_canvas: Callable[[dict[str, Any]], None]
+        self,
+        body: dict[str, Any],
+        on_canvas: Callable[[dict[str, Any]], None],
+        *,
+        has_deadline: bool,
     ) -> dict[str, Any]:
-        """Hand an infill on to another infilld; see `Service.infill`."""
+        """Hand an infill on to another infilld; see `ask` and `Service.infill`."""
         async with self._places:
-            return await self._service.infill(body, on_canvas)
+            return await self._service.infill(body, on_canvas, _patience_s(has_deadline))
 
     @property
     def is_infilld(self) -> bool:
@@ -138,6 +147,10 @@ class Remote:
                 "DiffusionGemma.",
             )
         return RequestError(f"{where} refuses the request ({refused.status}); {refused.said}")
+
+
+def _patience_s(has_deadline: bool) -> float | None:
+    return None if has_deadline else SILENCE_S
 
 
 def _shape(grammar: Grammar) -> dict[str, Any]:

@@ -73,7 +73,9 @@ class Forwarding:
         left_s = None if self._deadline_at is None else self._deadline_at - began
         try:
             async with asyncio.timeout(left_s):
-                told = await self._remote.forward(_asked(self._request, left_s), self._show)
+                told = await self._remote.forward(
+                    _asked(self._request, left_s), self._show, has_deadline=left_s is not None
+                )
             result = self._result(wire.InfillReply.model_validate(told))
         except TimeoutError:
             why = "The deadline struck before the remote engine had answered."

@@ -157,6 +157,7 @@ class Infilling:
                     is_greedy=request.alternatives == 1,
                     grammar=None if request.warm else request.grammar,
                     with_scores=True,
+                    has_deadline=self._until is not None,
                     on_text=lambda so_far: self._show(target, place, so_far),
                 )
             except Refused as refused:

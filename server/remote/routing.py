@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 from infilld.engine.conversation import ChatRequest
-from infilld.engine.errors import InfilldError, Unavailable
+from infilld.engine.errors import InfilldError
 from infilld.engine.scheduler import AnyJob, AnyResult, OnCanvas
 from infilld.server.remote.asking import Remote
 from infilld.server.remote.faults import KeyRefused, Unreachable, down, key_refused
@@ -15,8 +15,6 @@ from infilld.server.remote.standby import Standby
 from infilld.server.remote.talking import Talking
 from infilld.server.remote.telling import Telling
 
-# Without a deadline of its own a request is given up after so long.
-LONGEST_S = 120.0
 _ATTEMPTS = 2
 
 _Work = Forwarding | Infilling | Talking
@@ -80,13 +78,7 @@ class Route:
         work = self._begun(job, on_canvas)
         url = self._remote.url
         try:
-            async with asyncio.timeout(LONGEST_S if job.deadline_at is None else None):
-                result = await self._unless_gone(work)
-        except TimeoutError:
-            raise Unavailable(
-                f"the remote engine at {url} did not answer within {LONGEST_S:g} s",
-                remedy="Ask for less, or set a deadline.",
-            ) from None
+            result = await self._unless_gone(work)
         except KeyRefused:
             problem = key_refused(url)
             self._health.suspect(problem)

@@ -156,13 +156,17 @@ class Service:
             raise Unreachable("/v1/models does not answer as OpenAI's does") from None
 
     async def chat(
-        self, body: dict[str, Any], on_text: Callable[[Replied], None] | None = None
+        self,
+        body: dict[str, Any],
+        on_text: Callable[[Replied], None] | None,
+        silence_s: float | None,
     ) -> Replied:
         """Ask, and read the answers as they are written.
 
         Args:
             body: of `/v1/chat/completions`, without what says how it is streamed.
             on_text: called after every event with all that has come.
+            silence_s: the longest between two pieces of what comes; None: any.
 
         Raises:
             Unreachable, KeyRefused. Refused: this request, and not for an optional key.
@@ -171,7 +175,7 @@ class Service:
         sent = {name: value for name, value in asked.items() if name not in self._unknown}
         while True:
             try:
-                replied = await self._chat(sent, on_text)
+                replied = await self._chat(sent, on_text, silence_s)
             except Refused as error:
                 if not error.names or error.status not in (400, 422) or error.is_too_long:
                     raise
@@ -182,10 +186,13 @@ class Service:
                 return replied
 
     async def _chat(
-        self, sent: dict[str, Any], on_text: Callable[[Replied], None] | None
+        self,
+        sent: dict[str, Any],
+        on_text: Callable[[Replied], None] | None,
+        silence_s: float | None,
     ) -> Replied:
         replied, is_ended = Replied(), False
-        async with aclosing(self._lines("/v1/chat/completions", sent)) as lines:
+        async with aclosing(self._lines("/v1/chat/completions", sent, silence_s)) as lines:
             async for line in lines:
                 is_ended = _take(line, replied, sent) or is_ended
                 if on_text is not None:
@@ -195,12 +202,16 @@ class Service:
         return replied
 
     async def infill(
-        self, sent: dict[str, Any], on_canvas: Callable[[dict[str, Any]], None]
+        self,
+        sent: dict[str, Any],
+        on_canvas: Callable[[dict[str, Any]], None],
+        silence_s: float | None,
     ) -> dict[str, Any]:
         """Ask another infilld.
 
         Args:
             sent: body of `/v1/infill`, streamed. on_canvas: called with the data of each event.
+            silence_s: as of `chat`.
 
         Returns:
             The reply.
@@ -209,7 +220,7 @@ class Service:
             Unreachable, KeyRefused, Refused.
         """
         event = b""
-        async with aclosing(self._lines("/v1/infill", sent)) as lines:
+        async with aclosing(self._lines("/v1/infill", sent, silence_s)) as lines:
             async for line in lines:
                 name, _, value = line.partition(b":")
                 if name == b"event":
@@ -223,10 +234,12 @@ class Service:
                     on_canvas(told)
         raise Unreachable("the answer broke off", is_down=False)
 
-    async def _lines(self, path: str, sent: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+    async def _lines(
+        self, path: str, sent: dict[str, Any], silence_s: float | None
+    ) -> AsyncGenerator[bytes, None]:
         """The lines of an answer that are not empty."""
         rest = b""
-        async with aclosing(self._exchange("POST", path, sent, None)) as chunks:
+        async with aclosing(self._exchange("POST", path, sent, silence_s)) as chunks:
             async for chunk in chunks:
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
@@ -260,8 +273,11 @@ class Service:
                         )
                     yield chunk
         except httpx.TimeoutException as error:
-            slow = "the connection" if isinstance(error, httpx.ConnectTimeout) else "an answer"
-            raise Unreachable(f"{slow} takes too long", may_retry=False) from None
+            if isinstance(error, httpx.ConnectTimeout):
+                raise Unreachable("the connection takes too long", may_retry=False) from None
+            # Others may be answered meanwhile.
+            why = f"nothing came for {timeout_s:g} s"
+            raise Unreachable(why, is_down=False, may_retry=False) from None
         except httpx.ConnectError as error:
             raise Unreachable(_plain(error) or "no connection") from None
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:

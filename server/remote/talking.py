@@ -95,6 +95,7 @@ class Talking:
             is_greedy=request.greedy,
             grammar=request.grammar,
             stop=request.stop,
+            has_deadline=self._until is not None,
             on_text=self._heard,
         )
 

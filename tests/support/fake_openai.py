@@ -30,7 +30,7 @@ class Reply:
             its own. None: none are told.
         status, error: of a refusal, whose message it is.
         breaks_off: the connection ends after the first piece.
-        holds_after: pieces after which the gate is closed.
+        holds_after: pieces after which the gate is closed. pause_s: before each piece.
         is_plain: one JSON object whatever was asked. raw: the whole body instead.
     """
 
@@ -44,6 +44,7 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
     breaks_off: bool = False
     holds_after: int | None = None
+    pause_s: float = 0.0
     is_plain: bool = False
     raw: bytes | None = None
 
@@ -164,6 +165,7 @@ class FakeOpenAI:
         for number, piece in enumerate(_pieces(reply, body)):
             if number == reply.holds_after:
                 self.hold()
+            await asyncio.sleep(reply.pause_s)
             if not await self._opened(receive):
                 return
             if reply.breaks_off and number == 1:
