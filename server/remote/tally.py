@@ -75,7 +75,9 @@ class Tally:
     def stats(self) -> dict[str, object]:
         """Counts since the start and times of the last answers, in ms."""
         times, totals = sorted(self._job_ms), self._totals
-        centiles = statistics.quantiles(times, n=20) if len(times) > 1 else times * 19
+        # Nobody waited longer than the longest of them.
+        several = len(times) > 1
+        centiles = statistics.quantiles(times, n=20, method="inclusive") if several else times * 19
         counted = ("prompt_tokens", "cached_tokens", "background_jobs", "retries")
         return {
             "jobs": sum(self._reasons.values()),

@@ -632,6 +632,18 @@ class TestRecords:
         assert stats["reasons"] == {"ok": 1}
         assert stats["answered"] == {"remote": 1, "local": 0}
 
+    def test_times_are_none_that_nobody_waited(
+        self, fake: FakeOpenAI, worker: RemoteWorker
+    ) -> None:
+        assert worker.stats()["p50_ms"] is worker.stats()["p95_ms"] is None
+        waited = [filled(worker, gap(CODE)).timings.total_ms]
+        assert worker.stats()["p50_ms"] == worker.stats()["p95_ms"] == waited[0]
+        fake.script = Reply(texts=[SUM], pause_s=0.02)
+        waited.append(filled(worker, gap(CODE)).timings.total_ms)
+        told = worker.stats()
+        assert told["p50_ms"] == pytest.approx(sum(waited) / 2)
+        assert told["p95_ms"] == pytest.approx(0.05 * min(waited) + 0.95 * max(waited))
+
     def test_it_says_what_it_is(self, fake: FakeOpenAI, worker: RemoteWorker) -> None:
         told = worker.describe()
         assert (told["model"], told["device"], told["url"]) == ("diffusion", "remote", fake.url)
