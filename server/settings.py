@@ -217,7 +217,9 @@ def _read(name: str, value: object, source: str, folder: Path) -> object:
     try:
         return reader(value, folder)
     except ValueError as error:
-        raise SettingsProblem(f"{name} = {value!r} in {source}: {error}") from None
+        is_secret = name == "engine" and "@" in str(value)
+        shown = "..." if is_secret else repr(value)
+        raise SettingsProblem(f"{name} = {shown} in {source}: {error}") from None
 
 
 def _text(value: object) -> str:
@@ -267,9 +269,13 @@ def _engine(value: object, folder: Path) -> str:
     text = _text(value)
     if text == LOCAL_ENGINE:
         return text
-    where = urlsplit(text.removeprefix(REMOTE_SCHEME))
+    url = text.removeprefix(REMOTE_SCHEME)
+    # Before it is taken apart: what does that may quote it.
+    if "@" in url.partition("//")[2].partition("/")[0]:
+        raise ValueError("expected no name or key in the address; a key has its engine_key_file")
+    where = urlsplit(url)
     is_url = where.scheme in ("http", "https") and bool(where.hostname)
-    if not text.startswith(REMOTE_SCHEME) or not is_url or where.username or where.query:
+    if not text.startswith(REMOTE_SCHEME) or not is_url or "?" in url or "#" in url:
         raise ValueError('expected "local", or "openai:" and an address such as http://host:8000')
     return text.rstrip("/")
 

@@ -72,6 +72,10 @@ def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("engine", "http://host:8000"),
         ("engine", "openai:host:8000"),
         ("engine", "openai:http://user:secret@host:8000"),
+        ("engine", "openai:http://:secret@host:8000"),
+        ("engine", "openai:http://@host:8000"),
+        ("engine", "openai:http://host:8000/#v1"),
+        ("engine", "openai:http://host:8000?"),
         ("engine", "openai:file:///etc/passwd"),
     ],
 )
@@ -93,6 +97,15 @@ def test_other_machines_are_let_in_only_when_told_and_with_a_token(host: str) ->
 def test_a_remote_engine_is_an_address() -> None:
     assert load().engine_url is None
     assert load({"engine": "openai:http://host:8000/"}).engine_url == "http://host:8000"
+
+
+@pytest.mark.parametrize(
+    "url", ["http://:s3cret@host", "http://me:s3cret@host", "http://me:s3cret@ho\u2100st"]
+)
+def test_a_secret_in_an_address_is_not_repeated(url: str) -> None:
+    with pytest.raises(SettingsProblem, match="engine_key_file") as caught:
+        load({"engine": f"openai:{url}"})
+    assert "s3cret" not in str(caught.value)
 
 
 def test_broken_toml_names_the_file(own_home: Path) -> None:
