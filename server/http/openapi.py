@@ -103,6 +103,11 @@ def _complete(path: str, operation: dict[str, Any]) -> None:
     """Add what can come of any request by this operation."""
     answers = operation["responses"]
     answers.pop("422", None)
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        # Of two dialects the framework says that a body is one of them and not the other. It may
+        # be both: none minds the other's keys.
+        if "oneOf" in content["schema"]:
+            content["schema"]["anyOf"] = content["schema"].pop("oneOf")
     operation["security"] = [] if path in OPEN_PATHS else [{"token": []}]
     for status, text in _ABOUT_ERRORS.items():
         if status == "401" and path in OPEN_PATHS:
