@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from infilld.engine.chat_prompt import THOUGHT_END, THOUGHT_START, ChatLayout
 from infilld.engine.comments import as_comment
-from infilld.engine.conversation import Message
+from infilld.engine.conversation import Message, Role
 from infilld.engine.errors import CheckpointMismatch, ContextTooLong, RequestError, Unsupported
 from infilld.engine.languages import STARTER_LANGUAGE
 from infilld.engine.lines import unix
+from infilld.engine.packing import window_start
 from infilld.engine.prompt import PromptLayout, PromptParts
 from infilld.engine.tokenizer import Tokenizer
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 # Private characters, no blanks: a template that trims a turn leaves them.
 _STAND_IN = re.compile("\uf8ff(\\d+)\uf8ff")
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")
+_FENCES = re.compile(r"^[^\S\n]*(`{3,}|~{3,})", re.MULTILINE)
+# How far before the first line that is read an open fence is looked for.
+_LOOKED_BACK_CHARS = 1 << 20
 # A source continues for ever: an answer ends where two lines in a row are blank, or after a canvas.
 _SOURCE_END = "\n\n\n"
 
@@ -87,7 +91,7 @@ def turns_of(tokenizer: Tokenizer, layout: PromptLayout, canvas_tokens: int) -> 
     """The turns of a checkpoint, from the layout of its infills."""
     if isinstance(layout, ChatLayout):
         return TemplateTurns(tokenizer, layout.template, layout.ends)
-    return SourceTurns(layout, canvas_tokens)
+    return SourceTurns(layout, canvas_tokens, tokenizer.longest_bytes)
 
 
 class TemplateTurns:
@@ -181,16 +185,19 @@ class SourceTurns:
 
     Args:
         layout: of the checkpoint's infills. canvas_tokens: of its canvas.
+        longest_bytes: of its tokens.
     """
 
     can_think = False
 
-    def __init__(self, layout: PromptLayout, canvas_tokens: int) -> None:
+    def __init__(self, layout: PromptLayout, canvas_tokens: int, longest_bytes: int) -> None:
         self._layout, self._canvas_tokens = layout, canvas_tokens
+        self._longest_bytes = longest_bytes
 
     def write(self, messages: Sequence[Message], *, think: bool, room_tokens: int) -> TurnPrompt:
         """As `Turns.write`."""
-        source = "".join(map(_source, messages))
+        # More cannot fit, and to write it would hold up everybody.
+        source = _source(messages, room_tokens * self._longest_bytes)
         parts = PromptParts(
             prefix=source, suffix="", language=STARTER_LANGUAGE, path=None, think=think
         )
@@ -202,22 +209,43 @@ class SourceTurns:
         )
 
 
-def _source(message: Message) -> str:
-    """A turn as lines of source."""
-    text = unix(message.content).strip("\n")
-    if message.role == "assistant":
-        return f"{text}\n"
+def _source(messages: Sequence[Message], most_chars: int) -> str:
+    """The end of a conversation as lines of source."""
+    texts = [unix(each.content).strip("\n") for each in messages]
+    left_out = window_start("\n".join(texts), most_chars)
+    turns = []
+    for message, text in zip(messages, texts, strict=True):
+        if left_out <= len(text):
+            turns.append(_turn(message.role, text, left_out))
+        left_out = max(0, left_out - len(text) - 1)
+    return "".join(turns)
+
+
+def _turn(role: Role, text: str, start: int) -> str:
+    """A turn from a line start on as lines of source."""
+    shown = text[start:]
+    if role == "assistant":
+        return f"{shown}\n"
     lines: list[str] = []
     fence = ""
-    for line in text.split("\n"):
+    for mark in _FENCES.findall(text, max(0, start - _LOOKED_BACK_CHARS), start):
+        fence = _fence_behind(fence, mark)
+    for line in shown.split("\n"):
         found = _FENCE.match(line)
         if found and (not fence or found[1].startswith(fence)):
-            fence = "" if fence else found[1]
+            fence = _fence_behind(fence, found[1])
         elif fence:
             lines.append(f"{line}\n")
         else:
             lines.append(as_comment(line, STARTER_LANGUAGE, None))
     return "".join(lines)
+
+
+def _fence_behind(fence: str, mark: str) -> str:
+    """The fence that is open behind a mark of one; none: an empty string."""
+    if not fence:
+        return mark
+    return "" if mark.startswith(fence) else fence
 
 
 def _too_long(tokens: str, room_tokens: int) -> ContextTooLong:

@@ -21,6 +21,7 @@ from tiny_tokenizers import (
     pieces,
 )
 
+from infilld.engine import turns as engine_turns
 from infilld.engine.chat import ChatTemplate
 from infilld.engine.chat_prompt import ChatLayout
 from infilld.engine.config import SamplerConfig
@@ -337,7 +338,7 @@ def test_the_canvas_is_shown_token_by_token(engine: Infiller) -> None:
 
 def test_turns_become_source_where_there_is_no_template() -> None:
     starter = tiny_infiller()
-    turns = SourceTurns(starter.layout, 128)
+    turns = SourceTurns(starter.layout, 128, starter.tokenizer.longest_bytes)
     messages = (
         Message("system", "Be brief."),
         Message("user", "Go on:\n```python\nx = 1\n```"),
@@ -350,6 +351,37 @@ def test_turns_become_source_where_there_is_no_template() -> None:
     assert prompt.most_tokens == 128
     with pytest.raises(Unsupported, match="does not think"):
         turns.write(messages, think=True, room_tokens=300)
+
+
+def test_of_a_long_conversation_only_the_end_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    starter = tiny_infiller()
+    room, longest = 300, starter.tokenizer.longest_bytes
+    turns = SourceTurns(starter.layout, 128, longest)
+    read: list[str] = []
+    as_comment = engine_turns.as_comment
+
+    def spy(line: str, *rest: str | None) -> str:
+        read.append(line)
+        return as_comment(line, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine_turns, "as_comment", spy)
+    said = "".join(f"line {n}\n" for n in range(20_000))
+    code = "```python\n" + "".join(f"x{n} = {n}\n" for n in range(20_000))
+
+    def written(*contents: str) -> tuple[int, ...]:
+        return turns.write(asked(*contents).messages, think=False, room_tokens=room).ids
+
+    ids = written("Long ago.", "", said)
+    assert sum(map(len, read)) <= room * longest
+    assert starter.tokenizer.text(ids).endswith("# line 19998\n# line 19999\n")
+    assert len(ids) > room // 2
+    # What is typed changes the end alone.
+    assert written("Long ago.", "", said + "!")[: len(ids) - 1] == ids[:-1]
+    # What the lines were before the first that is read stays known.
+    read.clear()
+    assert starter.tokenizer.text(written(code)).endswith("\nx19998 = 19998\nx19999 = 19999\n")
+    assert starter.tokenizer.text(written(code + "```\nWhy?")).endswith("\n# Why?\n")
+    assert read == ["Why?"]
 
 
 def test_a_source_answer_ends_by_itself() -> None:
