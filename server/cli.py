@@ -7,7 +7,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 
 from infilld.server import settings
@@ -19,6 +19,7 @@ from infilld.server.verbs.document import PositionProblem
 from infilld.server.verbs.flags import MANY, whole
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
+_SETTING = "VALUE"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+class _ShortUsage(argparse.HelpFormatter):
+    """Leaves the settings out of the usage, which stands above every error; help lists them."""
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[argparse._MutuallyExclusiveGroup],
+        prefix: str | None = None,
+    ) -> None:
+        """As argparse's own."""
+        shown = [each for each in actions if each.metavar != _SETTING]
+        super().add_usage(usage, shown, groups, prefix)
+
+
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="infilld", description="Code infilling on your own machine.", allow_abbrev=False
@@ -55,7 +71,13 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def verb(name: str, run: Callable[..., int], help_text: str) -> argparse.ArgumentParser:
-        made = verbs.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        made = verbs.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            allow_abbrev=False,
+            formatter_class=_ShortUsage,
+        )
         made.set_defaults(run=run)
         _add_settings(made)
         return made
@@ -103,7 +125,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("settings", "override the environment and config.toml")
     for name, text in settings.HELP.items():
-        group.add_argument(f"--{name.replace('_', '-')}", help=text, metavar="X")
+        group.add_argument(f"--{name.replace('_', '-')}", help=text, metavar=_SETTING)
 
 
 def _settings(options: argparse.Namespace) -> Settings:

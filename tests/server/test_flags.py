@@ -53,3 +53,13 @@ def test_the_bounds_themselves_are_fine() -> None:
             read(text)
     minutes = flags.above_zero(10)
     assert [minutes("0.5"), minutes("10"), minutes("1e1")] == [0.5, 10.0, 10.0]
+
+
+def test_the_usage_above_an_error_is_that_of_the_verb(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["fill", "a.py", "--at", "x"])
+    said = capfd.readouterr().err
+    assert ("--instruction" in said, "--state-dir" in said) == (True, False)
+    with pytest.raises(SystemExit):
+        cli.main(["fill", "--help"])
+    assert "--state-dir" in capfd.readouterr().out
