@@ -28,6 +28,8 @@ MARK = "Written by infilld service install"
 # Where settings and state are found; a service manager does not know the shell's.
 _PASSED_ON = ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME")
 _COMMAND_S = 60.0
+_DIFFERS = "installed with other content; it would be"
+_INSTEAD = "Run it where your own service manager runs, or without it: infilld serve --detach"
 
 
 class ServiceProblem(Problem):
@@ -243,7 +245,7 @@ def _show(service: Service, *, as_json: bool) -> int:
         sys.stdout.write(json.dumps(told) + "\n")
         return 0
     states = {None: "not installed", service.content: "installed"}
-    state = "a file of another" if service.is_foreign else states.get(found, "installed, older")
+    state = "a file of another" if service.is_foreign else states.get(found, _DIFFERS)
     sys.stderr.write(f"{service.path}: {state}\n")
     sys.stdout.write(service.content.decode())
     return 0
@@ -257,12 +259,15 @@ def _install(service: Service, wanted: Settings, *, is_now: bool, as_json: bool)
         service.path.parent.mkdir(parents=True, exist_ok=True)
         files.put(service.path, service.content, mode=0o644)
     if is_now:
+        *before, start = service.start
+        # Where no manager answers, the daemon that runs is left alone.
+        _do(before)
         pid = discovery.running_pid(wanted)
         if pid is not None:
             # Two daemons of one state folder cannot be.
             discovery.stop(wanted)
             sys.stderr.write(f"stopped the daemon that ran (pid {pid})\n")
-        _do(service.start)
+        _do((start,))
     state = "written" if is_news else "up to date already"
     _say(service, state, () if is_now else service.start, as_json=as_json)
     return 0
@@ -305,7 +310,7 @@ def _do(commands: Sequence[Sequence[str]]) -> None:
                 words, capture_output=True, text=True, timeout=_COMMAND_S, check=False
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise ServiceProblem(f"{shlex.join(words)}: {error}") from error
+            raise ServiceProblem(f"{shlex.join(words)}: {error}", remedy=_INSTEAD) from error
         if done.returncode != 0:
             said = (done.stderr or done.stdout).strip() or f"exit code {done.returncode}"
-            raise ServiceProblem(f"{shlex.join(words)}: {said}", remedy="Look into: infilld logs")
+            raise ServiceProblem(f"{shlex.join(words)}: {said}", remedy=_INSTEAD)

@@ -180,6 +180,9 @@ def test_install_now_replaces_the_daemon_that_runs(
         "systemctl --user daemon-reload",
         "systemctl --user enable --now infilld.service",
     ]
+    calls.with_suffix(".fail").touch()
+    assert cli.main(["service", "install", *words]) == 1
+    assert len(stopped) == 1
 
 
 @pytest.mark.usefixtures("home")
@@ -260,6 +263,10 @@ def test_show(home: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*words, "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert (told["installed"], told["current"], told["content"]) == (True, True, out)
+    assert cli.main([*words, "--port", "9000"]) == 0
+    out, err = capfd.readouterr()
+    assert "installed with other content" in err
+    assert '"--port" "9000"' in out
 
 
 def test_a_folder_that_cannot_be_made_is_said(
