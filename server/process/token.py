@@ -177,7 +177,7 @@ def _put_new(path: Path) -> str:
     except OSError as error:
         raise TokenProblem(
             f"cannot write {path}: {error.strerror}",
-            remedy="Remove what stands there, or choose another folder with --state-dir.",
+            remedy="Make room, remove what stands there, or choose another with --state-dir.",
         ) from error
     return token
 

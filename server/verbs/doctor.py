@@ -1,9 +1,9 @@
 """`infilld doctor`: every line says ok, or what to do."""
 
 import json
-import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -73,8 +73,9 @@ def _state(wanted: Settings) -> str:
     mode = folder.stat().st_mode & 0o777
     if mode & 0o077:
         raise Problem(f"{folder} is open to others ({mode:o})", remedy=f"chmod 700 {folder}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise Problem(f"{folder} cannot be written", remedy="Choose another with --state-dir.")
+    # A full disk lets a file be made, and takes nothing into it.
+    with discovery.writing_in(folder), tempfile.NamedTemporaryFile(dir=folder, buffering=0) as file:
+        file.write(b"\0" * 4096)
     return str(folder)
 
 
