@@ -27,7 +27,15 @@ _ACTIONS = ("list", "inspect", "use", "quantize")
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the verb."""
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("action", nargs="?", choices=_ACTIONS, default="list")
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=_ACTIONS,
+        default="list",
+        help="list: the starter and what is configured; inspect: what DIR holds and whether it "
+        "fits; use: have the daemon load DIR, now and from now on; quantize: write DIR in few "
+        "bits to OUT",
+    )
     parser.add_argument(
         "folder", nargs="?", metavar="DIR", help='checkpoint folder, GGUF file, or "starter"'
     )
@@ -240,13 +248,21 @@ def _inspect(name: str, wanted: Settings, *, as_json: bool) -> int:
         return 0
     for key, value in report.items():
         if not isinstance(value, list) or key == "dtypes":
-            shown = _size(value) if key.endswith("_bytes") else value
+            shown = _size(value) if key.endswith("_bytes") else _shown(value)
             sys.stdout.write(f"{key.removesuffix('_bytes'):<20}{shown}\n")
     _table("stored", report["parts"], _part_line)
     _table("memory", report["memory"], _memory_line)
     _table("what fits instead", report["instead"], _offer_line)
     _table("notes", report["notes"], str)
     return 0
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _table(title: str, rows: object, line: Callable[..., str]) -> None:
