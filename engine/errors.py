@@ -85,6 +85,7 @@ class Unsupported(RequestError):
     """The loaded model cannot do what was asked."""
 
     code = "unsupported"
+    remedy = "Leave out what this model cannot do, or use another model."
 
 
 class ModelError(InfilldError):
