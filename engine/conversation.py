@@ -117,11 +117,12 @@ def _refuse_lone_surrogates(text: str, name: str) -> None:
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """One answer: its text, what was thought before it, and why it ends there."""
+    """One answer: its text, what was thought before it, why it ends there, and tokens of both."""
 
     text: str
     thoughts: str
     finish: Finish
+    tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -130,9 +130,10 @@ class Converser:
         yield from together([writer.work() for writer in writers])
         total, encode_s = time.monotonic() - started, max(each.encode_s for each in writers)
         answers = tuple(
-            ChatAnswer(each.transcript.text, each.transcript.thoughts, each.transcript.finish)
-            for each in writers
-            if each.transcript.finish is not None and (each.canvases or not _is_struck(each))
+            ChatAnswer(each.text, each.thoughts, each.finish, each.tokens + each.thought_tokens)
+            for writer in writers
+            if (each := writer.transcript).finish is not None
+            and (writer.canvases or each.finish != "deadline")
         )
         first = writers[0].transcript
         return ChatResult(
@@ -204,7 +205,3 @@ class Converser:
         if teller is not None:
             teller.writer = writer
         return writer
-
-
-def _is_struck(writer: Writer) -> bool:
-    return writer.transcript.finish == "deadline"

@@ -280,6 +280,8 @@ def test_alternatives_are_those_of_neighbouring_seeds(engine: Infiller) -> None:
     result, _ = answered(engine, asked(alternatives=3, max_tokens=9, seed=7))
     alone = [answered(engine, asked(max_tokens=9, seed=seed))[0] for seed in (7, 8, 9)]
     assert list(result.answers) == [each.answers[0] for each in alone]
+    assert [each.tokens for each in result.answers] == [each.usage.text_tokens for each in alone]
+    assert all(each.tokens for each in result.answers)
     assert result.usage.passes <= max(each.usage.passes for each in alone) + 1
 
 
