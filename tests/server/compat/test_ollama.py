@@ -198,7 +198,7 @@ def test_what_cannot_be_served_is_a_400(
 def test_an_error_within_a_stream_is_a_line(server: LiveServer) -> None:
     server.worker.script = Script(error=NotEnoughMemory("6 GB are missing"))
     *_, last = lines(post(server, FILL | {"stream": True}))
-    assert last == {"error": f"6 GB are missing {NotEnoughMemory.remedy}"}
+    assert last == {"error": f"6 GB are missing. {NotEnoughMemory.remedy}"}
 
 
 def test_a_client_that_leaves_cancels(server: LiveServer) -> None:
