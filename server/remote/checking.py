@@ -1,6 +1,7 @@
 """What `infilld doctor` says of a remote engine."""
 
 import asyncio
+import logging
 
 from infilld.server.remote.health import Health, Pace
 from infilld.server.remote.service import Service
@@ -18,6 +19,8 @@ def checked(settings: Settings) -> str:
 
 async def _checked(settings: Settings) -> str:
     assert settings.engine_url is not None, "the engine is a remote one"
+    # What is wrong is a line of the report; without a handler Python would write it above, too.
+    logging.getLogger("infilld").addHandler(logging.NullHandler())
     service = Service(settings.engine_url, settings.engine_key_file)
     try:
         health = Health(service, settings.engine_url, settings.engine_model, Pace(patience_s=5.0))
