@@ -94,7 +94,7 @@ class ChatLayout:
             if channel_end is None or self._frame(True) == self._frame(False):
                 raise Unsupported(
                     "the chat template of the loaded model cannot switch thinking",
-                    remedy="Leave `think` out.",
+                    remedy="Ask without thinking.",
                 )
             thought_ends = (channel_end,)
         page = _Page(self._packer, self._frame(parts.think), parts, budget_tokens)

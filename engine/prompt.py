@@ -159,7 +159,7 @@ class FimLayout:
     def write(self, parts: PromptParts, budget_tokens: int) -> InfillPrompt:
         """As `PromptLayout.write`."""
         if parts.think:
-            raise Unsupported("the loaded model does not think", remedy="Leave `think` out.")
+            raise Unsupported("the loaded model does not think", remedy="Ask without thinking.")
         controls, packer = self._controls, self._packer
         prefix, behind = parts.prefix, list[int]()
         room = budget_tokens - 3
