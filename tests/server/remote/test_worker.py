@@ -323,19 +323,19 @@ class TestConversation:
     def test_a_long_answer_may_take_its_time_and_silence_may_not(
         self, fake: FakeOpenAI, worker: RemoteWorker, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("infilld.server.remote.asking.SILENCE_S", 0.5)
-        fake.script = Reply(texts=["one two three four"], piece_chars=4, pause_s=0.1)
+        monkeypatch.setattr("infilld.server.remote.asking.SILENCE_S", 0.3)
+        fake.script = Reply(texts=["one two three four"], piece_chars=4, pause_s=0.05)
         began = time.monotonic()
         answer = worker.submit(talk()).future.result(20).answers[0]
         assert (answer.text, answer.finish) == ("one two three four", "stop")
-        assert time.monotonic() - began > 0.5
+        assert time.monotonic() - began > 0.3
         fake.script = Reply(texts=["one two three"], piece_chars=4, holds_after=3)
         for request in (talk(), gap(CODE)):
-            with pytest.raises(Unavailable, match=r"nothing came for 0\.5 s"):
+            with pytest.raises(Unavailable, match=r"nothing came for 0\.3 s"):
                 worker.submit(request).future.result(20)
             # One request's trouble is not everybody's.
             assert worker.state == "ready"
-        assert worker.submit(talk(deadline_ms=700)).future.result(20).reason == "deadline"
+        assert worker.submit(talk(deadline_ms=400)).future.result(20).reason == "deadline"
 
     def test_a_text_that_was_shown_is_not_begun_anew(
         self, fake: FakeOpenAI, worker: RemoteWorker
