@@ -34,6 +34,10 @@ OnDraft = Callable[[CanvasDraft, int], None]
 _MOST_SEEDS = 2**63
 
 
+class _Struck(Exception):
+    """The deadline struck before there was anything to write behind."""
+
+
 @dataclass(frozen=True)
 class ConstrainedFill:
     """What came out for the only target, what it cost, and seconds of encoding."""
@@ -89,16 +93,27 @@ class ConstrainedFiller:
         prompt = self._planner.prompt(request, passage_of(request.text, [target]))
         texts = [self._tokens.start(request.grammar) for _ in range(request.alternatives)]
         ids = prompt.ids
+
+        def check() -> None:
+            hooks.check()
+            if hooks.is_late():
+                raise _Struck
+
         if prompt.thought_ends:
-            ids = yield from thinking(
-                self._model,
-                self._tokenizer,
-                self._sampler,
-                self._prefixes,
-                prompt,
-                seed,
-                hooks.check,
-            )
+            try:
+                ids = yield from thinking(
+                    self._model,
+                    self._tokenizer,
+                    self._sampler,
+                    self._prefixes,
+                    prompt,
+                    seed,
+                    check,
+                )
+            except _Struck:
+                why = "The deadline struck before the thoughts ended."
+                nothing = GapResult(choices=(), reason="deadline", why=why, texts=())
+                return ConstrainedFill(nothing, Usage(prompt_tokens=len(ids)), 0.0)
         asked = TurnPrompt(ids=ids, ends=self._ends(prompt))
         writers = [
             Writer(

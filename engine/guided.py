@@ -11,6 +11,7 @@ mask; everything behind it is believed anew behind what was committed. A model t
 pass more than without a grammar; one that does not gets a token or a few further in each.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -38,6 +39,8 @@ _PLAUSIBLE = 0.25
 _TOP = 16
 # Near the end of its bound a text is only continued as far as it can still be closed.
 _WATCHED_TOKENS, _LONGEST_CLOSING, _SEARCHED_EVERY = 48, 512, 8
+# An ambiguous grammar takes milliseconds for a token: others have their turn after so long.
+_TURN_S = 0.05
 # How many steps more than planned a canvas gets before the next is a shorter one.
 _SPARE_STEPS = 8
 
@@ -178,15 +181,33 @@ class _Walk:
             rows.append(~self.allowed)
         return Bans(rows=torch.stack(rows), places=places).to(device)
 
-    def go(self, step: Step, top: Belief, *, is_done: bool) -> None:
-        """Commit what is decided and allowed; find the mask of the position that is not."""
+    def go(
+        self,
+        step: Step,
+        top: Belief,
+        *,
+        is_done: bool,
+        check: Callable[[], None],
+        is_late: Callable[[], bool],
+    ) -> Work[None]:
+        """Commit what is decided and allowed; find the mask of the position that is not.
+
+        Others have their turn in between. Where it gets late then, the rest is left open.
+        """
         self.is_late = self.is_late or is_done
         argmax: list[int] = step.argmax[0].tolist()
         chances: list[float] = step.log_probability[0].exp().tolist()
         least = _LATE if self.is_late else _DECIDED
         first, was_masked = self.at, self.allowed is not None
         self.allowed = None
+        turn_ends = time.monotonic() + _TURN_S
         while not self.is_over:
+            check()
+            if time.monotonic() > turn_ends:
+                if is_late():
+                    return
+                yield []
+                turn_ends = time.monotonic() + _TURN_S
             at = self.at
             token, chance = argmax[at], chances[at]
             is_first = at == first and (self.is_late or was_masked)
@@ -245,6 +266,7 @@ def guided_denoising(
     greedy: bool,
     belief_tokens: int | None,
     on_step: Callable[[Step], None],
+    check: Callable[[], None],
     is_late: Callable[[], bool],
 ) -> Work[GuidedCanvas]:
     """Refine a canvas [1, L] as `denoising` does, and write a text on it.
@@ -256,6 +278,7 @@ def guided_denoising(
         cache, canvas, sampler, draws, greedy, belief_tokens: see `denoising`.
         guided: what is written. never: tokens that stand for no text [V] bool.
         on_step: called after every pass; what it raises ends the work.
+        check: called before every token; what it raises ends the work.
         is_late: asked after every pass; a late canvas ends with what is committed.
     """
     length, device, vocab = canvas.shape[1], canvas.device, len(never)
@@ -285,7 +308,8 @@ def guided_denoising(
         believed = step.belief
         assert isinstance(believed, Belief)
         top = Belief(ids=believed.ids.cpu(), probabilities=believed.probabilities.cpu())
-        walk.go(step, top, is_done=bool(stop.done(history)[0]))
+        is_done = bool(stop.done(history)[0])
+        yield from walk.go(step, top, is_done=is_done, check=check, is_late=is_late)
         on_step(step)
         if is_late() or (passes >= sampler.max_steps + _SPARE_STEPS and walk.at):
             break

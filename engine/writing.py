@@ -206,6 +206,7 @@ class Writer:
             greedy=self.greedy,
             belief_tokens=self.model.belief_tokens,
             on_step=self._look,
+            check=self.watching.check,
             is_late=self._is_late,
         )
 

@@ -22,7 +22,7 @@ from infilld.engine.chat_prompt import ChatLayout
 from infilld.engine.config import SamplerConfig
 from infilld.engine.conversation import ChatAnswer, ChatRequest, ChatResult, ChatUpdate, Message
 from infilld.engine.draws import SeededDraws
-from infilld.engine.errors import BadGrammar, UnknownOption
+from infilld.engine.errors import BadGrammar, Cancelled, UnknownOption
 from infilld.engine.grammar import MAX_GRAMMAR_BYTES, refuse_bad
 from infilld.engine.guided import GuidedText, guided_denoising
 from infilld.engine.infill import Hooks, Infiller
@@ -202,8 +202,14 @@ def written(
     chance: float = 0.99,
     max_tokens: int = 128,
     ends: Iterable[int] = (END or 0,),
+    turns: list[int] | None = None,
+    check: Callable[[], None] = lambda: None,
+    is_late: Callable[[], bool] = lambda: False,
 ) -> tuple[GuidedText, int, str]:
-    """A text whose model believes `says` in turn, one in each pass; passes; the text."""
+    """A text whose model believes `says` in turn, one in each pass; passes; the text.
+
+    `turns` gets the tokens written when others had their turn.
+    """
     guided = GuidedText(TOKENS.start(grammar), frozenset(ends), max_tokens)
     draws = SeededDraws(0)
     vocab, length = TOKENIZER.vocab_tokens, 128
@@ -218,13 +224,19 @@ def written(
         greedy=True,
         belief_tokens=None,
         on_step=lambda step: None,
-        is_late=lambda: False,
+        check=check,
+        is_late=is_late,
     )
     passes = 0
-    reading = None
     try:
-        (asked,) = next(work)
+        wanted = next(work)
         while True:
+            if not wanted:
+                if turns is not None:
+                    turns.append(len(guided.tokens))
+                wanted = work.send([])
+                continue
+            (asked,) = wanted
             text = [*TOKENIZER.encode(says[min(passes, len(says) - 1)]), END]
             ids = (text[begun:] + [END] * length)[:length]
             logits = torch.zeros(1, length, vocab)
@@ -242,7 +254,7 @@ def written(
             )
             passes += 1
             assert passes < 100, "it goes on for ever"
-            (asked,) = work.send([reading])
+            wanted = work.send([reading])
     except StopIteration:
         pass
     return guided, passes, TOKENIZER.text(guided.tokens)
@@ -585,6 +597,63 @@ def test_an_end_that_spells_text_is_never_taken_for_text() -> None:
     guided, passes, _ = written(Grammar("regex", "`[`a]c"), ["``c"], ends={end})
     assert (guided.is_stuck, guided.is_ended) == (True, False)
     assert passes < 9
+
+
+def test_thoughts_before_a_gap_end_with_the_deadline() -> None:
+    """It strikes after the first pass over the thoughts."""
+    tokenizer = chat_tokenizer()
+    config = replace(tiny_config(tokenizer.vocab_tokens, canvas_tokens=32), max_positions=2048)
+    layout = ChatLayout(tokenizer, chat_template())
+    sampler = replace(SamplerConfig(), max_steps=3)
+    engine = Infiller(tiny_model(config), tokenizer, sampler, layout=layout)
+    passes = 0
+    run = engine.model.run
+
+    def counted(wanted: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return run(wanted)
+
+    class Late(Hooks):
+        def is_late(self, needed_s: float = 0.0) -> bool:
+            return passes > 0
+
+    request = InfillRequest(
+        text=TEXT, spans=(Span(AT, AT),), seed=1, think=True, grammar=Grammar("regex", "[a-z]{9}")
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine.model, "run", counted)
+        result = engine.infill(request, Late())
+    assert (result.alternatives, result.reason, passes) == ((), "deadline", 1)
+    assert result.usage.prompt_tokens > 0
+    assert result.why
+    assert not engine._prefixes._used
+
+
+def test_who_goes_away_or_waits_is_heard_between_the_tokens_of_a_canvas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A grammar may take milliseconds for each."""
+    plain, _, text = written(Grammar("regex", "[a-z]{40}"), ["abcd" * 10])
+    assert len(plain.tokens) == 40
+    monkeypatch.setattr("infilld.engine.guided._TURN_S", -1.0)
+    turns: list[int] = []
+    guided, _, again = written(Grammar("regex", "[a-z]{40}"), ["abcd" * 10], turns=turns)
+    assert (again, len(turns)) == (text, 40)
+    # It is late after ten.
+    guided, _, cut = written(
+        Grammar("regex", "[a-z]{40}"), ["abcd" * 10], turns=turns, is_late=lambda: len(turns) >= 50
+    )
+    assert (cut, guided.is_over) == (text[: len(cut)], False)
+    assert 9 <= len(cut) <= 11
+    calls = itertools.count()
+
+    def check() -> None:
+        if next(calls) == 5:
+            raise Cancelled("gone")
+
+    with pytest.raises(Cancelled):
+        written(Grammar("regex", "[a-z]{40}"), ["abcd" * 10], check=check)
 
 
 def test_a_text_that_cannot_go_on_ends(monkeypatch: pytest.MonkeyPatch) -> None:
