@@ -308,7 +308,8 @@ def _json(body: wire.InfillRequest | wire.Feedback | wire.SwitchRequest) -> dict
 
 def _load_failure(stats: dict[str, Any]) -> ServerProblem:
     failure = stats.get("failure") or "the model could not be loaded"
-    return ServerProblem(500, "model_error", failure, "Run: infilld doctor")
+    remedy = "`infilld logs` says what to do; the daemon tries again after `infilld stop`."
+    return ServerProblem(500, "model_error", failure, remedy)
 
 
 def _check_time(until: float, timeout_s: float) -> None:
