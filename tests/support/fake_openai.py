@@ -28,7 +28,7 @@ class Reply:
         piece_chars: of each piece of a stream; vLLM sends a canvas of 256 tokens at once.
         nats: log-probability of every token, which is a piece of three characters; of each answer
             its own. None: none are told.
-        status, error: of a refusal, whose message it is.
+        status, error: of a refusal, whose message it is. asked_before: it comes after so many.
         breaks_off: the connection ends after the first piece.
         holds_after: pieces after which the gate is closed. pause_s: before each piece.
         is_plain: one JSON object whatever was asked. raw: the whole body instead.
@@ -41,6 +41,7 @@ class Reply:
     nats: Sequence[float] | None = None
     status: int = 200
     error: object = "refused"
+    asked_before: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
     breaks_off: bool = False
     holds_after: int | None = None
@@ -154,6 +155,8 @@ class FakeOpenAI:
 
     async def _reply(self, reply: Reply, body: dict[str, Any], receive: Any, send: Any) -> None:
         if reply.status != 200:
+            while len(self.asked) < reply.asked_before:
+                await asyncio.sleep(0.002)
             await _send(send, reply.status, {"error": {"message": reply.error}}, reply.headers)
             return
         if reply.is_plain:

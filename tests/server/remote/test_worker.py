@@ -178,7 +178,7 @@ class TestInfill:
     def test_one_refusal_ends_the_others(self, fake: FakeOpenAI, worker: RemoteWorker) -> None:
         def script(body: dict[str, Any]) -> Reply:
             if "x = <gap>" in body["messages"][0]["content"]:
-                return Reply(status=400, error="no")
+                return Reply(status=400, error="no", asked_before=2)
             return Reply(holds_after=0)
 
         fake.script = script
