@@ -17,7 +17,6 @@ from pydantic import ConfigDict
 
 from infilld.engine.conversation import ChatAnswer, ChatRequest, ChatResult, ChatUpdate
 from infilld.engine.errors import InfilldError
-from infilld.engine.request import Usage
 from infilld.server.compat import conversing, grammars
 from infilld.server.compat.conversing import Growing, Turn
 from infilld.server.compat.fields import Body, Flag, Number, Stop, Whole, seed_of, stops
@@ -147,7 +146,7 @@ def _reply(result: ChatResult, model: str) -> Json:
             }
             for index, each in enumerate(conversing.answers_of(result))
         ],
-        "usage": usage(result.usage),
+        "usage": usage(result),
         "infilld": conversing.extension(result),
     }
 
@@ -161,12 +160,15 @@ def _head(job_id: str, model: str, kind: str) -> Json:
     }
 
 
-def usage(used: Usage) -> Json:
-    """What a request cost, as OpenAI counts it."""
+def usage(result: ChatResult) -> Json:
+    """What a request cost, as OpenAI counts it: the tokens of every answer, thoughts too."""
+    used = result.usage
+    # An engine elsewhere may count all answers together.
+    written = sum(answer.tokens for answer in result.answers) or used.text_tokens
     return {
         "prompt_tokens": used.prompt_tokens,
-        "completion_tokens": used.text_tokens,
-        "total_tokens": used.prompt_tokens + used.text_tokens,
+        "completion_tokens": written,
+        "total_tokens": used.prompt_tokens + written,
         "prompt_tokens_details": {"cached_tokens": used.cached_tokens},
     }
 
@@ -219,7 +221,7 @@ class _Chunks:
             finish = conversing.FINISH[each.finish]
             frames.append(self._chunk(index, {}, finish, infilld=told))
         if self._with_usage:
-            frames.append(sse.unnamed(self._head | {"choices": [], "usage": usage(result.usage)}))
+            frames.append(sse.unnamed(self._head | {"choices": [], "usage": usage(result)}))
         return [*frames, sse.DONE]
 
     def _delta(self, text: str, thoughts: str, draft: str) -> Json:

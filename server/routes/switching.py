@@ -1,11 +1,13 @@
 """Another model without a restart."""
 
+import os
 from pathlib import Path
 
 from fastapi import APIRouter
 
 from infilld.engine.errors import UnknownOption
 from infilld.server import wire
+from infilld.server.http.problems import short
 from infilld.server.jobs import Jobs
 from infilld.server.settings import STARTER
 
@@ -26,6 +28,11 @@ def router(jobs: Jobs) -> APIRouter:
             raise UnknownOption(
                 "model is no absolute path",
                 remedy=f'Give the absolute path of a checkpoint folder, or "{STARTER}".',
+            )
+        if folder is not None and not os.path.exists(folder):
+            raise UnknownOption(
+                f"there is no {short(asked.model)}",
+                remedy="Give a folder with config.json, or a GGUF file, of this machine.",
             )
         jobs.worker.switch(folder)
         told = jobs.worker.describe()

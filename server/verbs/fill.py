@@ -10,10 +10,10 @@ from typing import Any
 
 from infilld.server import discovery, wire
 from infilld.server.client import Client, ServerProblem
-from infilld.server.settings import KEYS, Problem, Settings
+from infilld.server.settings import Problem, Settings
 from infilld.server.verbs import material
 from infilld.server.verbs.document import Document, PositionProblem, Window
-from infilld.server.verbs.flags import share, whole
+from infilld.server.verbs.flags import share, warn_of_vain_flags, whole
 from infilld.server.verbs.watch import harmless, watch
 
 START_S = 60.0
@@ -172,7 +172,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     # One text from the first span to the last, however far they are apart.
     window = document.window(min(start for start, _ in spans), max(end for _, end in spans))
     request = _request(options, document, spans, window)
-    _warn_of_vain_flags(options, settings)
+    warn_of_vain_flags(options, settings)
     daemon = discovery.ensure(settings, START_S)
     with Client(daemon.url, daemon.token) as client:
         client.wait_ready(LOAD_S)
@@ -288,17 +288,6 @@ def _refuse_other_spans(reply: wire.InfillReply, spans: Sequence[Offsets]) -> No
             raise ServerProblem(
                 200, "not_infilld", "the answer is for other spans", "Run: infilld status"
             )
-
-
-def _warn_of_vain_flags(options: argparse.Namespace, settings: Settings) -> None:
-    names = [name for name in KEYS if name != "state_dir"]
-    vain = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
-    pid = discovery.running_pid(settings) if vain else None
-    if pid is not None:
-        sys.stderr.write(
-            f"infilld: {', '.join(vain)} counts when the daemon starts, and one runs already "
-            f"(pid {pid}); `infilld stop` ends it\n"
-        )
 
 
 def _moved(reply: wire.InfillReply, by: int) -> wire.InfillReply:

@@ -1,7 +1,11 @@
-"""Types of the command line's numbers, for argparse: out of range is bad usage."""
+"""Types of the command line's numbers, for argparse: out of range is bad usage; and vain flags."""
 
 import argparse
+import sys
 from collections.abc import Callable, Collection
+
+from infilld.server import discovery
+from infilld.server.settings import KEYS, Settings
 
 MANY = 1_000_000_000
 """The highest count where nothing but memory and patience sets a bound."""
@@ -71,3 +75,15 @@ def some_of(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
 
 def _shown(text: str) -> str:
     return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"
+
+
+def warn_of_vain_flags(options: argparse.Namespace, settings: Settings) -> None:
+    """Say which flags change nothing, since a daemon runs that was started with others."""
+    names = [name for name in KEYS if name != "state_dir"]
+    vain = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    pid = discovery.running_pid(settings) if vain else None
+    if pid is not None:
+        sys.stderr.write(
+            f"infilld: {', '.join(vain)} counts when the daemon starts, and one runs already "
+            f"(pid {pid}); `infilld stop` ends it\n"
+        )

@@ -7,11 +7,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from infilld.server import discovery
-from infilld.server.client import Client
+from infilld.server.client import Client, ServerProblem
 from infilld.server.process import logs
 from infilld.server.settings import Settings, SettingsProblem
 from infilld.server.verbs import models
-from infilld.server.verbs.flags import above_zero
+from infilld.server.verbs.flags import above_zero, warn_of_vain_flags
 
 if TYPE_CHECKING:
     from infilld.server.jobs import Worker
@@ -44,6 +44,7 @@ def serve(options: argparse.Namespace, wanted: Settings) -> int:
         ServerProblem: the model could not be loaded, or not in time.
     """
     if options.detach:
+        warn_of_vain_flags(options, wanted)
         return _detach(wanted, options.wait)
     if options.wait is not None:
         raise SettingsProblem("--wait needs --detach", remedy="infilld serve --detach --wait")
@@ -98,7 +99,14 @@ def _detach(wanted: Settings, wait_s: float | None) -> int:
     sys.stdout.write(f"{said}: {found.url} (pid {found.pid})\n")
     sys.stdout.flush()
     if wait_s is not None:
-        with Client(found.url, found.token) as client:
-            client.wait_ready(wait_s)
-            sys.stdout.write(f"{client.models()[0]['id']} is loaded\n")
+        try:
+            with Client(found.url, found.token) as client:
+                client.wait_ready(wait_s)
+                sys.stdout.write(f"{client.models()[0]['id']} is loaded\n")
+        except ServerProblem as problem:
+            if before is None and problem.code == "model_error":
+                # What can serve nobody must not stand in the way of the next try.
+                discovery.stop(wanted)
+                problem.remedy = "It was ended again; `infilld logs` says what to do."
+            raise
     return 0

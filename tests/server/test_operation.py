@@ -82,6 +82,23 @@ def test_in_the_background(wanted: Settings, capfd: pytest.CaptureFixture[str]) 
     assert "listening on" in wanted.log_file.read_text()
 
 
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_daemon_whose_first_model_fails_stands_in_nobody_s_way(
+    wanted: Settings, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["serve", "--detach", "--wait", "--state-dir", str(wanted.state_dir), "--port", "0"]
+    assert cli.main([*words, "--model", str(tmp_path / "none")]) == 1
+    said = capfd.readouterr().err
+    assert "no model folder" in said
+    assert "ended again" in said
+    assert discovery.find(wanted) is None
+    assert cli.main([*words, "--device", "cpu"]) == 0
+    assert "starter is loaded" in capfd.readouterr().out
+    assert cli.main([*words, "--device", "cpu"]) == 0
+    assert "--device counts when the daemon starts" in capfd.readouterr().err
+
+
 @pytest.mark.usefixtures("own_home")
 def test_waiting_needs_the_background(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "--wait"]) == 2
@@ -300,15 +317,23 @@ def post(server: LiveServer, body: object) -> httpx.Response:
     return httpx.post(server.url + "/v1/model", json=body, headers=headers)
 
 
-def test_the_route_for_another_model(server: LiveServer) -> None:
-    got = post(server, {"model": "/models/one"})
+def test_the_route_for_another_model(server: LiveServer, tmp_path: Path) -> None:
+    got = post(server, {"model": str(tmp_path)})
     assert (got.status_code, got.json()) == (202, {"model": "fake", "state": "ready"})
     assert post(server, {"model": "starter"}).status_code == 202
-    assert server.worker.switched == [Path("/models/one"), None]
+    assert server.worker.switched == [tmp_path, None]
 
 
 @pytest.mark.parametrize(
-    "body", [{"model": "relative"}, {"model": "/a\0b"}, {"model": ""}, {"model": 3}, {}, {"x": 1}]
+    "body",
+    [
+        *(
+            {"model": model}
+            for model in ("relative", "/a\0b", "", "/no/where", "/" + "x" * 9999, 3)
+        ),
+        {},
+        {"x": 1},
+    ],
 )
 def test_what_is_no_model_is_a_400(shared: LiveServer, body: object) -> None:
     got = post(shared, body)
@@ -343,29 +368,39 @@ def config(own_home: Path) -> Path:
     return path
 
 
-def choose(server: LiveServer, *, is_live: bool = True) -> None:
-    model_choice.choose("/models/one", server.settings, is_live=is_live)
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    """A folder that may be a model."""
+    folder = tmp_path / "models" / "one"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def choose(model: Path, server: LiveServer, *, is_live: bool = True) -> None:
+    model_choice.choose(str(model), server.settings, is_live=is_live)
 
 
 def test_a_daemon_that_runs_switches_and_the_configuration_follows(
-    tmp_path: Path, config: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, config: Path, one: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with live_server(tmp_path / "state", Switching()) as server:
-        choose(server)
-        assert server.worker.switched == [Path("/models/one")]
-    assert config.read_text() == 'model = "/models/one"\n'
+        choose(one, server)
+        assert server.worker.switched == [one]
+    assert config.read_text() == f'model = "{one}"\n'
     out, err = capfd.readouterr()
     assert "has loaded it" in out
-    assert err == "loading /models/one\n"
+    assert err == f"loading {one}\n"
 
 
-def test_a_model_that_cannot_be_loaded_changes_nothing(tmp_path: Path, config: Path) -> None:
+def test_a_model_that_cannot_be_loaded_changes_nothing(
+    tmp_path: Path, config: Path, one: Path
+) -> None:
     worker = Switching("it does not fit. Choose a smaller model.")
     with (
         live_server(tmp_path / "state", worker) as server,
         pytest.raises(Exception, match="Choose a smaller model") as caught,
     ):
-        choose(server)
+        choose(one, server)
     assert "The old model stays" in caught.value.remedy  # type: ignore[attr-defined]
     assert config.read_text() == 'model = "starter"\n'
 
@@ -374,6 +409,7 @@ def test_a_model_that_cannot_be_loaded_changes_nothing(tmp_path: Path, config: P
 def test_a_daemon_that_keeps_its_model(
     tmp_path: Path,
     config: Path,
+    one: Path,
     is_live: bool,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -383,8 +419,8 @@ def test_a_daemon_that_keeps_its_model(
 
     monkeypatch.setattr(FakeWorker, "switch", refuse)
     with live_server(tmp_path / "state") as server:
-        choose(server, is_live=is_live)
-    assert config.read_text() == 'model = "/models/one"\n'
+        choose(one, server, is_live=is_live)
+    assert config.read_text() == f'model = "{one}"\n'
     assert "keeps its model until" in capfd.readouterr().out
 
 
@@ -418,9 +454,11 @@ def test_the_real_engine_is_switched_and_stopped(wanted: Settings, tmp_path: Pat
     with Client(found.url, found.token) as client:
         client.wait_ready(WAIT_S)
         assert client.models()[0]["last_load_s"] > 0
+        empty = tmp_path / "empty"
+        empty.mkdir()
         with pytest.raises(Exception, match="could not load") as caught:
-            model_choice.choose(str(tmp_path / "none"), real, is_live=True)
-        assert str(tmp_path / "none") in str(caught.value)
+            model_choice.choose(str(empty), real, is_live=True)
+        assert str(empty) in str(caught.value)
         assert client.infill(ASKED).model == "starter"
         model_choice.choose("starter", real, is_live=True)
         assert client.models()[0]["state"] == "ready"
