@@ -6,15 +6,16 @@ An answer of any length is written canvas after canvas; what stands on a finishe
 from dataclasses import dataclass, field
 from typing import Literal
 
-from infilld.engine.errors import BadText, RequestError, UnknownOption
+from infilld.engine.errors import RequestError, UnknownOption
 from infilld.engine.request import (
     MAX_ALTERNATIVES,
-    MAX_DEADLINE_MS,
     CanvasToken,
     Grammar,
     Reason,
     Timings,
     Usage,
+    refuse_bad_bounds,
+    refuse_lone_surrogates,
 )
 
 Role = Literal["system", "user", "assistant"]
@@ -75,7 +76,7 @@ class ChatRequest:
                 f"{len(self.messages)} messages", remedy=f"Give 1 to {MAX_MESSAGES} messages."
             )
         for number, message in enumerate(self.messages):
-            _refuse_lone_surrogates(message.content, f"message {number}")
+            refuse_lone_surrogates(message.content, f"message {number}")
         if len(self.stop) > MAX_STOPS:
             raise UnknownOption(
                 f"{len(self.stop)} stops", remedy=f"Give at most {MAX_STOPS} stop texts."
@@ -86,7 +87,7 @@ class ChatRequest:
                     f"stop {number} has {len(text)} characters",
                     remedy=f"A stop text has at most {MAX_STOP_CHARS} characters.",
                 )
-            _refuse_lone_surrogates(text, f"stop {number}")
+            refuse_lone_surrogates(text, f"stop {number}")
             if not text:
                 raise UnknownOption(f"stop {number} is empty", remedy="Leave it out.")
         if not 1 <= self.alternatives <= MAX_ALTERNATIVES:
@@ -97,22 +98,7 @@ class ChatRequest:
             raise UnknownOption(
                 f"max_tokens is {self.max_tokens}", remedy="max_tokens is 1 or more."
             )
-        if self.deadline_ms is not None and not 0 < self.deadline_ms <= MAX_DEADLINE_MS:
-            raise UnknownOption(
-                f"deadline_ms is {self.deadline_ms}",
-                remedy=f"Give a deadline above 0 and up to {MAX_DEADLINE_MS} ms.",
-            )
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UnknownOption(
-                f"seed is {self.seed}", remedy="Give a seed from 0 to 9223372036854775807."
-            )
-
-
-def _refuse_lone_surrogates(text: str, name: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadText(f"lone surrogate at code point {error.start} of {name}") from None
+        refuse_bad_bounds(self.deadline_ms, self.seed)
 
 
 @dataclass(frozen=True)

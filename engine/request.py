@@ -37,6 +37,33 @@ MAX_ALTERNATIVES = 8
 MAX_SPANS = 64
 
 
+def refuse_lone_surrogates(text: str, name: str) -> None:
+    """Refuse a text that cannot be encoded.
+
+    Raises:
+        BadText: it has a lone surrogate; the message says where in what is called `name`.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadText(f"lone surrogate at code point {error.start} of {name}") from None
+
+
+def refuse_bad_bounds(deadline_ms: float | None, seed: int | None) -> None:
+    """Refuse a deadline or a seed out of range.
+
+    Raises:
+        UnknownOption: it is.
+    """
+    if deadline_ms is not None and not 0 < deadline_ms <= MAX_DEADLINE_MS:
+        raise UnknownOption(
+            f"deadline_ms is {deadline_ms}",
+            remedy=f"Give a deadline above 0 and up to {MAX_DEADLINE_MS} ms.",
+        )
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UnknownOption(f"seed is {seed}", remedy="Give a seed from 0 to 9223372036854775807.")
+
+
 @dataclass(frozen=True)
 class Span:
     """Half-open code-point range `[start, end)` that may change; empty means a gap."""
@@ -157,15 +184,7 @@ class InfillRequest:
             raise UnknownOption(
                 f"boldness is {self.boldness}", remedy="Give a boldness from 0 (shy) to 1 (bold)."
             )
-        if self.deadline_ms is not None and not 0 < self.deadline_ms <= MAX_DEADLINE_MS:
-            raise UnknownOption(
-                f"deadline_ms is {self.deadline_ms}",
-                remedy=f"Give a deadline above 0 and up to {MAX_DEADLINE_MS} ms.",
-            )
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UnknownOption(
-                f"seed is {self.seed}", remedy="Give a seed from 0 to 9223372036854775807."
-            )
+        refuse_bad_bounds(self.deadline_ms, self.seed)
 
     def _refuse_bad_text(self) -> None:
         parts = {
@@ -177,10 +196,7 @@ class InfillRequest:
             **{f"draft {i}": each for i, each in enumerate(self.drafts)},
         }
         for name, part in parts.items():
-            try:
-                (part or "").encode()
-            except UnicodeEncodeError as error:
-                raise BadText(f"lone surrogate at code point {error.start} of {name}") from None
+            refuse_lone_surrogates(part or "", name)
 
     def _refuse_bad_spans(self) -> None:
         if not self.spans:

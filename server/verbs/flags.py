@@ -84,6 +84,7 @@ def warn_of_vain_flags(options: argparse.Namespace, settings: Settings) -> None:
     pid = discovery.running_pid(settings) if vain else None
     if pid is not None:
         sys.stderr.write(
-            f"infilld: {', '.join(vain)} counts when the daemon starts, and one runs already "
+            f"infilld: {', '.join(vain)} {'counts' if len(vain) == 1 else 'count'} "
+            "when the daemon starts, and one runs already "
             f"(pid {pid}); `infilld stop` ends it\n"
         )

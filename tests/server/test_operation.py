@@ -96,7 +96,7 @@ def test_a_daemon_whose_first_model_fails_stands_in_nobody_s_way(
     assert cli.main([*words, "--device", "cpu"]) == 0
     assert "starter is loaded" in capfd.readouterr().out
     assert cli.main([*words, "--device", "cpu"]) == 0
-    assert "--device counts when the daemon starts" in capfd.readouterr().err
+    assert "--device, --port count when the daemon starts" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("own_home")
