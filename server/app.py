@@ -21,7 +21,6 @@ from infilld.server.http import openapi, problems
 from infilld.server.http.bodies import Limits
 from infilld.server.http.guard import Guard
 from infilld.server.jobs import Jobs, Worker
-from infilld.server.keeping import recent
 from infilld.server.keeping.metrics import Metrics
 from infilld.server.keeping.outcomes import Records
 from infilld.server.keeping.recent import Recent
@@ -81,8 +80,7 @@ def create_app(
     app.include_router(page.router())
     for dialect in (openai, mistral, mercury, chat, llamacpp, ollama, ollama_models):
         app.include_router(dialect.router(jobs))
-    app.include_router(reports.router(jobs, counted, statistics))
-    app.include_router(recent.router(last))
+    app.include_router(reports.router(jobs, counted, last, statistics))
     app.include_router(switching.router(jobs))
     app.add_middleware(Guard, token=token, allowed_hosts=allowed_hosts, limits=limits)
     return app

@@ -1,21 +1,26 @@
-"""What the daemon tells of its work: `/stats`, `/metrics`."""
+"""What the daemon tells of its work: `/stats`, `/v1/recent`, `/metrics`."""
 
 import asyncio
 import time
+from datetime import UTC, datetime
 from importlib.metadata import version
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from fastapi.responses import PlainTextResponse
 
 from infilld.server.jobs import Jobs
 from infilld.server.keeping import metrics
 from infilld.server.keeping.metrics import Metrics
+from infilld.server.keeping.outcomes import Outcome
+from infilld.server.keeping.recent import CAPACITY, Recent
 from infilld.server.keeping.statistics import Statistics
 
 _NOT_KEPT: dict[str, object] = {"state": "disabled", "why": "None are asked for."}
 
 
-def router(jobs: Jobs, counted: Metrics, statistics: Statistics | None) -> APIRouter:
+def router(
+    jobs: Jobs, counted: Metrics, recent: Recent, statistics: Statistics | None
+) -> APIRouter:
     """The reporting routes over one engine; `statistics` None: none are kept."""
     routes = APIRouter()
     started_s = time.monotonic()
@@ -46,6 +51,18 @@ def router(jobs: Jobs, counted: Metrics, statistics: Statistics | None) -> APIRo
         kept = await asyncio.to_thread(statistics.report)
         return {**live(), "statistics": statistics.status(), **kept}
 
+    @routes.get("/v1/recent")
+    async def last(limit: int = Query(CAPACITY, ge=1, le=CAPACITY)) -> dict[str, object]:
+        """The last answers, newest first, and how many have each reason; no source text.
+
+        `kind` is infill, rewrite, repair, chat or warm; `document` says whether a newer request
+        may supersede it.
+        """
+        return {
+            "recent": [_entry(each) for each in recent.last(limit)],
+            "reasons": recent.reasons(),
+        }
+
     @routes.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> PlainTextResponse:
         """Counters, gauges and a histogram of times for Prometheus, since the start."""
@@ -57,3 +74,19 @@ def router(jobs: Jobs, counted: Metrics, statistics: Statistics | None) -> APIRo
         return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
 
     return routes
+
+
+def _entry(each: Outcome) -> dict[str, object]:
+    return {
+        "id": each.id,
+        "time": datetime.fromtimestamp(each.at, UTC).isoformat(timespec="milliseconds"),
+        "route": each.route,
+        "kind": each.kind,
+        "language": each.language,
+        "document": each.has_document,
+        "reason": each.reason,
+        "why": each.why,
+        "choices": len(each.chars),
+        "total_ms": round(each.timings.total_ms, 1),
+        "deadline_ms": each.deadline_ms,
+    }
