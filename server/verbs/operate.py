@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from infilld.server.jobs import Worker
 
 START_WAIT_S = 60.0
+# Only what is used of it takes memory.
+_STACK_BYTES = 16 << 20
 LOAD_WAIT_S = 600.0
 
 
@@ -52,6 +55,7 @@ def serve(options: argparse.Namespace, wanted: Settings) -> int:
 
     logs.to_stderr(wanted)
     faulthandler.enable()
+    give_threads_room()
     wait_passively()
     from infilld.server.process import daemon
 
@@ -73,6 +77,14 @@ def make_worker(wanted: Settings) -> "Worker":
     from infilld.server import remote
 
     return remote.make_worker(wanted, _local)
+
+
+def give_threads_room() -> None:
+    """Give the threads that are made from now on the stack that deep grammars take to compile.
+
+    The system's own choice may be far less: 512 KiB on macOS, 2 MiB where the shell sets no limit.
+    """
+    threading.stack_size(_STACK_BYTES)
 
 
 def wait_passively() -> None:

@@ -210,6 +210,27 @@ def test_a_full_disk_is_said_at_the_start(wanted: Settings) -> None:
         assert discovery.running_pid(wanted) == child.pid
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="ulimit is a shell's")
+def test_a_deep_grammar_has_room_whatever_the_shell_allows() -> None:
+    """Compiled in a thread, as the daemon does; without that room this process would be ended."""
+    code = (
+        "import json, threading\n"
+        "from infilld.engine.grammar import refuse_bad\n"
+        "from infilld.engine.request import Grammar\n"
+        "from infilld.server.verbs.operate import give_threads_room\n"
+        "give_threads_room()\n"
+        "links = {f'a{n}': {'$ref': f'#/$defs/a{n + 1}'} for n in range(300)}\n"
+        "schema = {'$defs': links | {'a300': {'type': 'null'}}, '$ref': '#/$defs/a0'}\n"
+        "check = lambda: print(refuse_bad(Grammar('json_schema', json.dumps(schema))))\n"
+        "thread = threading.Thread(target=check)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+    )
+    words = ["sh", "-c", 'ulimit -s 512; exec "$@"', "sh", sys.executable, "-P", "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=WAIT_S)
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
+
+
 STREAMED: dict[str, dict[str, object]] = {
     "/v1/infill": {"text": "x = ", "spans": [{"start": 4, "end": 4}]},
     "/v1/completions": {"model": "m", "prompt": "x = ", "suffix": "\n"},
