@@ -7,8 +7,10 @@ import logging
 import re
 from dataclasses import replace
 from fnmatch import fnmatch
+from typing import TYPE_CHECKING
 
-from infilld.engine.request import InfillRequest
+if TYPE_CHECKING:
+    from infilld.engine.request import InfillRequest
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def holds_private_key(text: str) -> bool:
     return _PRIVATE_KEY.search(text) is not None
 
 
-def without_secrets(request: InfillRequest) -> InfillRequest:
+def without_secrets(request: "InfillRequest") -> "InfillRequest":
     """The request without the context that looks secret."""
     kept = tuple(
         each

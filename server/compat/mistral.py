@@ -13,8 +13,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from infilld.server.compat import fields, grammars
-from infilld.server.compat.asking import Answered, Asked, ask, gap_of
+from infilld.server.compat import fields
+from infilld.server.compat.asking import Answered, Asked, ask
+from infilld.server.compat.completing import Completing
 from infilld.server.compat.openai import Why
 from infilld.server.compat.streaming import streamed
 from infilld.server.http import sse
@@ -22,7 +23,7 @@ from infilld.server.jobs import Jobs
 from infilld.server.wire import Text
 
 
-class FimRequest(grammars.Constrained):
+class FimRequest(Completing):
     """Body of `POST /v1/fim/completions`.
 
     `temperature`, `top_p` and `presence_penalty` are taken and ignored: a canvas is not sampled
@@ -42,40 +43,18 @@ class FimRequest(grammars.Constrained):
         }
     )
 
-    model: Text | None = None
     prompt: Text
-    suffix: Text | None = None
-    max_tokens: fields.Whole | None = None
-    min_tokens: fields.Whole | None = None
-    n: fields.Whole | None = None
-    stop: fields.Stop | None = None
-    stream: fields.Flag | None = None
     random_seed: fields.Whole | None = None
-    seed: fields.Whole | None = None
     metadata: dict[str, Any] | None = None
-    temperature: fields.Number | None = None
-    top_p: fields.Number | None = None
-    presence_penalty: fields.Number | None = None
 
     async def asked(self) -> Asked:
         """What is asked.
 
         Raises:
-            BadGrammar, UnknownOption: see `grammars.wanted`.
+            BadGrammar, UnknownOption: see `grammars.wanted` and `gap`.
         """
-        gap = gap_of(self.prompt, self.suffix)
-        return Asked(
-            prefix=gap.prefix,
-            suffix=gap.suffix,
-            context=gap.context,
-            path=gap.path,
-            n=1 if self.n is None else self.n,
-            max_tokens=fields.bound(self.max_tokens),
-            min_tokens=fields.bound(self.min_tokens),
-            stop=fields.stops(self.stop),
-            seed=fields.seed_of(self.seed if self.random_seed is None else self.random_seed),
-            grammar=await self.grammar_wanted(),
-        )
+        seed = self.seed if self.random_seed is None else self.random_seed
+        return self.gap(self.prompt, seed, await self.grammar_wanted())
 
 
 class AssistantMessage(BaseModel):

@@ -13,8 +13,9 @@ from fastapi.openapi.models import Example
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from infilld.server.compat import fields, grammars, tabby
-from infilld.server.compat.asking import Answered, Asked, Shaped, ask, gap_of
+from infilld.server.compat import fields, tabby
+from infilld.server.compat.asking import Answered, Asked, Shaped, ask
+from infilld.server.compat.completing import Completing
 from infilld.server.compat.streaming import streamed
 from infilld.server.http import sse
 from infilld.server.http.problems import OPENAI, TABBY
@@ -60,7 +61,7 @@ class StreamOptions(fields.Body):
     include_usage: fields.Flag | None = None
 
 
-class CompletionRequest(grammars.Constrained):
+class CompletionRequest(Completing):
     """Body of `POST /v1/completions`.
 
     `prompt` is the text before the gap and `suffix` the text behind it; without a suffix, a prompt
@@ -72,49 +73,21 @@ class CompletionRequest(grammars.Constrained):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_WITH_SUFFIX, _WITH_MARKERS]})
 
-    model: Text | None = None
     prompt: Prompts = Field(default_factory=lambda: [""])
-    suffix: Text | None = None
-    max_tokens: fields.Whole | None = None
-    min_tokens: fields.Whole | None = None
-    n: fields.Whole | None = None
     best_of: fields.Whole | None = None
-    stop: fields.Stop | None = None
-    stream: fields.Flag | None = None
     stream_options: StreamOptions | None = None
-    seed: fields.Whole | None = None
     logprobs: Annotated[fields.Whole, Field(ge=0)] | None = None
     echo: fields.Flag | None = None
-    temperature: fields.Number | None = None
-    top_p: fields.Number | None = None
-    presence_penalty: fields.Number | None = None
     frequency_penalty: fields.Number | None = None
 
     async def asked(self) -> list[Asked]:
         """What is asked, prompt by prompt.
 
         Raises:
-            BadGrammar, UnknownOption: see `grammars.wanted`.
+            BadGrammar, UnknownOption: see `grammars.wanted` and `gap`.
         """
         grammar = await self.grammar_wanted()
-        asked = []
-        for prompt in self.prompt:
-            gap = gap_of(prompt, self.suffix)
-            asked.append(
-                Asked(
-                    prefix=gap.prefix,
-                    suffix=gap.suffix,
-                    context=gap.context,
-                    path=gap.path,
-                    n=1 if self.n is None else self.n,
-                    max_tokens=fields.bound(self.max_tokens),
-                    min_tokens=fields.bound(self.min_tokens),
-                    stop=fields.stops(self.stop),
-                    seed=fields.seed_of(self.seed),
-                    grammar=grammar,
-                )
-            )
-        return asked
+        return [self.gap(prompt, self.seed, grammar) for prompt in self.prompt]
 
 
 class LogProbs(BaseModel):

@@ -21,6 +21,12 @@ def post(server: LiveServer, path: str, body: object, **more: Any) -> httpx.Resp
     )
 
 
+def get(server: LiveServer, path: str) -> Any:
+    """The JSON at a path."""
+    headers = {"Authorization": f"Bearer {server.token}"}
+    return httpx.get(server.url + path, headers=headers, timeout=20, verify=False).json()
+
+
 def events(server: LiveServer, path: str, body: dict[str, Any]) -> list[Any]:
     """Data of a stream's events; the one that closes it is left as it is."""
     got = post(server, path, body | {"stream": True})

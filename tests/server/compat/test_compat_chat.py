@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import dialects
 import httpx
 import pytest
 from fake_worker import FakeWorker, Script
@@ -16,8 +17,7 @@ PATH = "/v1/chat/completions"
 
 
 def post(server: LiveServer, body: dict[str, Any], path: str = PATH) -> httpx.Response:
-    headers = {"Authorization": f"Bearer {server.token}"}
-    return httpx.post(server.url + path, json=body, headers=headers, timeout=20)
+    return dialects.post(server, path, body)
 
 
 def events(got: httpx.Response) -> list[dict[str, Any]]:

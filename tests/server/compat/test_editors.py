@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import dialects
 import httpx
 import pytest
 from fake_worker import Script
@@ -72,8 +73,7 @@ ZED = {
 
 
 def post(server: LiveServer, path: str, body: dict[str, Any]) -> httpx.Response:
-    headers = {"Authorization": f"Bearer {server.token}"}
-    got = httpx.post(server.url + path, json=body, headers=headers, timeout=20)
+    got = dialects.post(server, path, body)
     assert got.status_code == 200, got.text
     return got
 

@@ -3,8 +3,10 @@
 import json
 from typing import Any
 
+import dialects
 import httpx
 import pytest
+from dialects import get
 from fake_worker import Script
 from live_server import LiveServer
 
@@ -25,13 +27,7 @@ COSTS = {
 
 
 def post(server: LiveServer, body: dict[str, Any], path: str = "/api/generate") -> httpx.Response:
-    headers = {"Authorization": f"Bearer {server.token}"}
-    return httpx.post(server.url + path, json=body, headers=headers, timeout=20)
-
-
-def get(server: LiveServer, path: str) -> Any:
-    headers = {"Authorization": f"Bearer {server.token}"}
-    return httpx.get(server.url + path, headers=headers, timeout=20).json()
+    return dialects.post(server, path, body)
 
 
 def lines(got: httpx.Response) -> list[dict[str, Any]]:
