@@ -510,14 +510,18 @@ class TestQueue:
         self, fake: FakeOpenAI, worker: RemoteWorker
     ) -> None:
         fake.hold()
-        job = worker.submit(gap(CODE))
-        fake.wait_for(lambda: len(fake.asked) == 1)
-        began = time.monotonic()
-        job.cancel()
-        fake.wait_for(lambda: fake.dropped == 1)
-        assert time.monotonic() - began < 1.0
-        with pytest.raises(Cancelled):
-            job.future.result(20)
+        taken_s = []
+        for number in range(1, 4):
+            job = worker.submit(gap(CODE))
+            fake.wait_for(lambda: len(fake.asked) == number)  # noqa: B023  # called at once
+            began = time.monotonic()
+            job.cancel()
+            fake.wait_for(lambda: fake.dropped == number)  # noqa: B023
+            taken_s.append(time.monotonic() - began)
+            with pytest.raises(Cancelled):
+                job.future.result(20)
+        # A busy machine is slow now and then; what waits for something waits every time.
+        assert min(taken_s) < 0.1
 
     def test_a_newer_request_of_a_document_takes_over(
         self, fake: FakeOpenAI, worker: RemoteWorker
@@ -536,10 +540,13 @@ class TestQueue:
         self, fake: FakeOpenAI, worker: RemoteWorker
     ) -> None:
         fake.hold()
-        began = time.monotonic()
-        result = worker.submit(gap(CODE, deadline_ms=150)).future.result(20)
-        assert result.reason == "deadline"
-        assert time.monotonic() - began < 2.0
+        taken_s = []
+        for _ in range(3):
+            began = time.monotonic()
+            result = worker.submit(gap(CODE, deadline_ms=150)).future.result(20)
+            taken_s.append(time.monotonic() - began)
+            assert result.reason == "deadline"
+        assert min(taken_s) < 0.4
 
     def test_of_several_spans_those_in_time_are_shown(
         self, fake: FakeOpenAI, worker: RemoteWorker
